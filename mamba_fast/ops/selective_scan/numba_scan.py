@@ -1,0 +1,110 @@
+"""The selective scan as one fused loop on a CPU: exact float32 states, parallel over sequences and channels.
+
+Per LANES channels and CHUNK steps everything stays in the first-level cache; device memory is read
+and written once. The forward keeps the state at chunk starts only, B D N L / CHUNK numbers.
+"""
+
+import math
+import threading
+
+import numba
+import numpy as np
+import torch
+
+from mamba_fast.ops.selective_scan.numba_backward import scan_backward
+from mamba_fast.ops.selective_scan.numba_forward import scan_forward
+from mamba_fast.ops.selective_scan.numba_math import CHUNK, LANES
+
+__all__ = ["CHUNK", "backward", "forward"]
+
+_TASKS = 64  # backward tasks to aim at; fixed, so that sums have one order on every machine
+_one_at_a_time = threading.Lock()  # numba's fallback threading layer is not safe for two callers
+
+
+def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows, keep):
+    """y (B, D, L), last_state (rows, D, N), states (B, chunks, D, N) entering each chunk."""
+    batch, d_inner, seqlen = u.shape
+    table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
+    chunks = -(-seqlen // CHUNK) if keep else 0
+    y = torch.empty(u.shape, dtype=torch.float32)
+    last = table.clone(memory_format=torch.contiguous_format)  # an empty sequence keeps its state
+    states = torch.empty(batch, chunks, *A.shape)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
+    flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
+    with _one_at_a_time:
+        _use_threads_of_torch()
+        scan_forward(*inputs, *_edges(u, seq, varlen), _span(u, B, C), *flags, keep,
+                     y.numpy(), last.numpy(), states.numpy())  # fmt: skip
+    return y.to(u.dtype), last, states
+
+
+def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state):
+    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
+    (batch, d_inner, seqlen), d_state = u.shape, A.shape[1]
+    table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
+    span = _span(u, B, C)
+    spans = d_inner // span
+    pieces = min(-(-span // LANES), -(-_TASKS // (batch * spans)))
+    du, ddelta, dz = (torch.empty(u.shape, dtype=torch.float32) for _ in range(3))
+    dA, dB_constant, dC_constant = (torch.empty(batch, d_inner, d_state) for _ in range(3))
+    dB, dC = (torch.zeros(batch, spans, pieces, d_state, seqlen) for _ in range(2))
+    dD, dbias = torch.empty(batch, d_inner), torch.empty(batch, d_inner)
+    dtable = dlast.float().clone(memory_format=torch.contiguous_format)  # that of an empty sequence
+    outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
+    flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
+    with _one_at_a_time:
+        _use_threads_of_torch()
+        scan_backward(_array(dy), _array(dlast), *inputs, states.numpy(), *_edges(u, seq, varlen), span, pieces,
+                      *flags, *(t.numpy() for t in outputs))  # fmt: skip
+
+    def matrix(v, steps, constant):
+        if _constant(v, u):
+            return constant.sum(0)[None, :, :, None]
+        return steps.sum(2).unflatten(1, (v.shape[1], -1)).sum(2).to(v.dtype)
+
+    return (
+        du.to(u.dtype), ddelta.to(u.dtype), dA.sum(0), matrix(B, dB, dB_constant), matrix(C, dC, dC_constant),
+        None if D is None else dD.sum(0), None if z is None else dz.to(u.dtype),
+        None if delta_bias is None else dbias.sum(0), None if initial_state is None else dtable,
+    )  # fmt: skip
+
+
+def _inputs(u, delta, A, B, C, D, z, delta_bias, table):
+    """Contiguous float32 arrays; an absent D or delta_bias is zero, an absent z is never read."""
+    none = torch.zeros(u.shape[1])
+    D, delta_bias = (none if v is None else v for v in (D, delta_bias))
+    return tuple(_array(v) for v in (u, delta, A, B, C, D, u if z is None else z, delta_bias, table))
+
+
+def _array(tensor):
+    return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+def _constant(v, u):
+    """Whether B or C, (B or 1, G, N, L or 1), does not move in time and has its own value a channel."""
+    return v.shape[0] == 1 and v.shape[1] == u.shape[1] and v.shape[3] == 1
+
+
+def _span(u, B, C):
+    """The number of neighbouring channels that share their groups of B and of C."""
+    widths = [u.shape[1] // v.shape[1] for v in (B, C) if not _constant(v, u)]
+    return math.gcd(*widths) if widths else u.shape[1]
+
+
+def _edges(u, seq, varlen):
+    """start, end (B, L) bool and row (B, L) int32 of the packed sequences; row -1: no row of the tables."""
+    batch, _, seqlen = u.shape
+    start, end = np.zeros((batch, seqlen), np.bool_), np.zeros((batch, seqlen), np.bool_)
+    row = np.full((batch, seqlen), -1, np.int32)
+    if seq is not None:
+        index = seq.numpy()
+        start[:, 1:] = index[:, 1:] != index[:, :-1]
+        end[:, :-1] = start[:, 1:]
+        if varlen:
+            start[:, 0], end[:, -1], row = True, True, np.ascontiguousarray(index)
+    return start, end, row
+
+
+def _use_threads_of_torch():
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
