@@ -28,7 +28,8 @@ class Row:
 
     def __str__(self):
         mark = "pass" if self.ok else "FAIL"
-        return f"{self.name:<44} max {self.max_abs:8.1e}  rel {self.rel:8.1e}  bound {self.bound:8.1e}  {mark}"
+        numbers = f"max {self.max_abs:8.1e}  rel {self.rel:8.1e}  bound {self.bound:8.1e}"
+        return f"{self.name:<44} {numbers}  {mark}"
 
 
 def errors(got, want):
@@ -56,7 +57,11 @@ def bound(plain, want, dtype=None):
     plain result does not ask for an exact competitor.
     """
     if dtype is None:
-        dtype = plain.dtype if isinstance(plain, torch.Tensor) else torch.from_numpy(np.empty(0, plain.dtype)).dtype
+        dtype = (
+            plain.dtype
+            if isinstance(plain, torch.Tensor)
+            else torch.from_numpy(np.empty(0, plain.dtype)).dtype
+        )
     return K * errors(plain, want)[1] + FLOOR * torch.finfo(dtype).eps / 2
 
 

@@ -5,6 +5,8 @@ starts a new sequence from the zero state, or by ``cu_seqlens`` (S + 1,) on a ba
 sequence k holds tokens cu_seqlens[k] to cu_seqlens[k + 1].
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -48,7 +50,7 @@ def by_sequence(
 
 
 def _spans(edges):
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _runs(row):

@@ -21,7 +21,7 @@ def tensor_color(name):
     return COLORS[TENSOR_COLORS[name]] if name in TENSOR_COLORS else "0.45"
 
 
-def work_map(ax, program, turn, title):
+def work_map(ax, program, turn, title, label="turn of its program"):
     """Who computes what: colour is the turn in which a program stores y[d, t], white lines part programs.
 
     program, turn: (D, L) integers, as `Trace.writers` of the ladder returns them.
@@ -35,7 +35,7 @@ def work_map(ax, program, turn, title):
     ax.grid(False)
     ax.set(title=title, xlabel="time t (tokens)", ylabel="channel d")
     bar = plt.colorbar(image, ax=ax, ticks=[0, last], pad=0.02, fraction=0.05)
-    bar.set_label("turn of its program", labelpad=-7)
+    bar.set_label(label, labelpad=-7)
     bar.ax.set_yticklabels(["first", "last"] if turn.max() else ["only", ""], rotation=90)
     for text, side in zip(bar.ax.get_yticklabels(), ("bottom", "top"), strict=True):
         text.set_va(side)
@@ -121,5 +121,5 @@ def load_map(ax, touched, itemsize, title, sector=32):
     ax.imshow(image, aspect="auto")
     useful = touched.sum() / sent.sum()
     ax.grid(False)
-    ax.set(title=f"{title}: {useful:.0%} of it used", xlabel="time t (tokens)", ylabel="channel d")
+    ax.set(title=f"{title}: {useful:.1%} of it used", xlabel="time t (tokens)", ylabel="channel d")
     return useful

@@ -1,11 +1,11 @@
 """The grid of shapes, and one function that holds an implementation to the reference, tensor by tensor."""
 
 import torch
+from scan_inputs import in_numpy
 
 from mamba_fast import selective_scan_fn
 from mamba_ref.checks import Row, bounds, errors
 from mamba_ref.selective_scan import selective_scan, selective_scan_numpy
-from scan_inputs import in_numpy
 
 SEQLENS = (1, 2, 31, 33, 63, 64, 65, 100)
 FLOAT32 = ("A", "D", "delta_bias", "initial_state")  # whatever the type of the tokens

@@ -9,7 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
-_NEEDS = {"gpu": torch.cuda.is_available(), **{m: bool(importlib.util.find_spec(m)) for m in ("triton", "numba")}}
+_NEEDS = {
+    "gpu": torch.cuda.is_available(),
+    **{m: bool(importlib.util.find_spec(m)) for m in ("triton", "numba")},
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -21,7 +24,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(
-    params=["torch", pytest.param("numba", marks=pytest.mark.numba), pytest.param("triton", marks=pytest.mark.triton)]
+    params=[
+        "torch",
+        pytest.param("numba", marks=pytest.mark.numba),
+        pytest.param("triton", marks=pytest.mark.triton),
+    ]
 )
 def backend(request):
     """Every backend in turn, skipped where it cannot run."""

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-
 from cases import SEQLENS, at_precision, check_agrees, outcome, weights_of
+from scan_inputs import FORMS, in_numpy, scan_inputs
+
 from mamba_fast import selective_scan_fn
 from mamba_ref.checks import errors
 from mamba_ref.selective_scan import selective_scan_numpy
-from scan_inputs import FORMS, in_numpy, scan_inputs
 
 TINY = {"batch": 2, "d_inner": 5, "d_state": 3}
 PACKED = torch.tensor([[0] * 9 + [4] + [2] * 31 + [3] * 29, [1] * 32 + [0] * 38])
@@ -106,7 +106,9 @@ def test_strided_inputs_give_the_same_result(backend, device, layout):
     for relay in (LAYOUTS[layout], lambda x: LAYOUTS[layout](x).contiguous()):
         views = {name: relay(leaf) for name, leaf in zip(names, leaves, strict=True)}
         y = selective_scan_fn(**{**inputs, **views}, backend=backend)
-        found.append([y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, 40, device=device).expand_as(y))])
+        found.append(
+            [y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, 40, device=device).expand_as(y))]
+        )
     assert all(errors(got, want)[1] <= allowed for got, want in zip(*found, strict=True))
 
 
@@ -161,7 +163,9 @@ def test_gradients_only_where_they_are_asked_for(backend, device):
         assert torch.equal(selective_scan_fn(A=A, **inputs, backend=backend), y)
 
 
-@pytest.mark.parametrize("packing", [{}, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}, {"cu_seqlens": torch.tensor([0, 2, 2, 5])}])
+@pytest.mark.parametrize(
+    "packing", [{}, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}, {"cu_seqlens": torch.tensor([0, 2, 2, 5])}]
+)
 def test_gradcheck_and_gradgradcheck(packing):
     inputs = scan_inputs(18, 1, 2, 5, 2, groups=1)
     if "cu_seqlens" in packing:
@@ -170,7 +174,9 @@ def test_gradcheck_and_gradgradcheck(packing):
 
     def scan(*tensors):
         named = dict(zip(names, tensors, strict=True))
-        return selective_scan_fn(**named, delta_softplus=True, return_last_state=True, backend="torch", **packing)
+        return selective_scan_fn(
+            **named, delta_softplus=True, return_last_state=True, backend="torch", **packing
+        )
 
     leaves = [inputs[k].requires_grad_() for k in names]
     assert torch.autograd.gradcheck(scan, leaves)
@@ -188,7 +194,9 @@ def test_gradcheck_of_complex_A():
     assert torch.autograd.gradcheck(scan, [inputs[k].requires_grad_() for k in names])
 
 
-@pytest.mark.parametrize("fused", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("numba", "triton")])
+@pytest.mark.parametrize(
+    "fused", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("numba", "triton")]
+)
 def test_the_operator_is_registered_properly(fused):
     from mamba_fast.ops.selective_scan.arguments import normalise
     from mamba_fast.ops.selective_scan.registration import scan
@@ -207,7 +215,9 @@ def test_triton_gradients_are_bitwise_repeatable_on_request():
     inputs = at_precision(scan_inputs(21, 2, 9, 40, 2), torch.float32, device)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (outcome(selective_scan_fn, inputs, weights_of(inputs), backend="triton") for _ in range(2))
+        first, second = (
+            outcome(selective_scan_fn, inputs, weights_of(inputs), backend="triton") for _ in range(2)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -87,7 +87,8 @@ def _input_matrix(name, value, A, u):
         return value[None, :, :, None]
     if value.dim() not in (3, 4):
         raise ValueError(
-            f"{name}: expected (D, N) = ({d_inner}, {d_state}), (B, N, L) or (B, G, N, L), got {tuple(value.shape)}"
+            f"{name}: expected (D, N) = ({d_inner}, {d_state}), (B, N, L) or (B, G, N, L), "
+            f"got {tuple(value.shape)}"
         )
     value = value[:, None] if value.dim() == 3 else value
     groups = value.shape[1]
@@ -105,13 +106,14 @@ def _packing(u, seq_idx, cu_seqlens):
         raise ValueError("seq_idx and cu_seqlens: give one of them, got both")
     if seq_idx is not None:
         _like("seq_idx", seq_idx, u, (batch, seqlen), (torch.int32, torch.int64))
-        return seq_idx.to(torch.int32), False, batch
+        return seq_idx.to(torch.int32).contiguous(), False, batch
     if cu_seqlens is None:
         return None, False, batch
     _tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens: expected int32 or int64 of shape (S + 1,), S >= 1, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            "cu_seqlens: expected int32 or int64 of shape (S + 1,), S >= 1, "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens: needs a batch of 1 that holds every sequence, got a batch of {batch}")

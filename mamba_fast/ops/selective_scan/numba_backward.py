@@ -40,7 +40,7 @@ def _recompute(h, A2, Delta, Delta_u, B_lanes, B_steps, decay, h_prev, h_all, le
 def _reverse(flow, A_n, Delta, Delta_u, dy, decay, h_prev, h_all, B_lanes, B_steps, C_lanes, C_steps,
              y, ddelta, dBu, dA, dB_lanes, dC_lanes, dB_steps, dC_steps, length,
              packed, varlen, start, end, row, dlast, dtable, d, n, width):  # fmt: skip
-    """The adjoint g_t = C_t dy_t + flow, flow = A_bar_t g_t, and everything that one n adds to the gradients."""
+    """The adjoint g_t = C_t dy_t + flow, flow = A_bar_t g_t, and all that one n adds to the gradients."""
     for t in range(length - 1, -1, -1):
         if packed and end[t]:  # nothing flows back from the next sequence, only from this one's last state
             for j in range(width):
@@ -89,7 +89,7 @@ def _load_chunk(tiles, u, delta, z, dy, D, bias, softplus_on, has_z, length):
 @njit(fastmath=EXACT, cache=True)
 def _finish_chunk(tiles, D, has_z, length, width, du, ddelta, dz, dD, dbias):
     """Turn the sums over n into du, ddelta, dz and add this chunk's share to dD and ddelta_bias."""
-    Delta, slope, u_tile, Delta_u, dy, y, z_tile, dout, through_decay, dBu = tiles[:10]
+    Delta, slope, u_tile, _, dy, y, z_tile, dout, through_decay, dBu = tiles[:10]
     for t in range(length):
         for j in range(width):
             dD[j] += dy[t, j] * u_tile[t, j]
@@ -106,7 +106,8 @@ def _finish_chunk(tiles, D, has_z, length, width, du, ddelta, dz, dD, dbias):
 
 
 @njit(parallel=True, fastmath=EXACT, cache=True)
-def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span, pieces,
+def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span,
+                  pieces,
                   softplus_on, has_z, packed, varlen, B_constant, C_constant,
                   du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable):  # fmt: skip
     """Fill every gradient; dB, dC are (B, spans, pieces, N, L): one slot a task, summed by the caller."""
@@ -133,7 +134,8 @@ def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states,
                 here = slice(t0, min(t0 + CHUNK, seqlen))
                 length = here.stop - t0
                 at = slice(d, d + width)
-                _load_chunk(tiles, u[b, at, here], delta[b, at, here], z[b, at, here], dy[b, at, here], skip, bias,
+                _load_chunk(tiles, u[b, at, here], delta[b, at, here], z[b, at, here], dy[b, at, here], skip,
+                            bias,
                             softplus_on, has_z, length)  # fmt: skip
                 for n in range(d_state):
                     load_matrix(B_lanes, B_steps, B, B_constant, b, d, n, t0, length, channels)
@@ -144,8 +146,10 @@ def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states,
                                length, packed, start[b, t0:], row[b, t0:], table, d, n, width)  # fmt: skip
                     _reverse(flow[n], A_n[n], tiles[0], tiles[3], tiles[4], decay, h_prev, h_all,
                              B_lanes, B_steps, C_lanes, C_steps, tiles[5], tiles[8], tiles[9],
-                             dA_n[n], dB_n[n], dC_n[n], dB[b, s, piece, n, here], dC[b, s, piece, n, here], length,
-                             packed, varlen, start[b, t0:], end[b, t0:], row[b, t0:], dlast, dtable, d, n, width)  # fmt: skip
+                             dA_n[n], dB_n[n], dC_n[n], dB[b, s, piece, n, here], dC[b, s, piece, n, here],
+                             length,
+                             packed, varlen, start[b, t0:], end[b, t0:], row[b, t0:], dlast, dtable, d, n,
+                             width)  # fmt: skip
                 _finish_chunk(tiles, skip, has_z, length, width, du[b, at, here], ddelta[b, at, here],
                               dz[b, at, here], dD_lanes, dbias_lanes)  # fmt: skip
             for j in range(width):

@@ -82,7 +82,8 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, table, start, end, row, sp
                 load_matrix(B_lanes, B_steps, B, B_constant, b, d, n, t0, length, channels)
                 load_matrix(C_lanes, C_steps, C, C_constant, b, d, n, t0, length, channels)
                 _scan_chunk(h[n], A2[n], Delta, Delta_u, out, B_lanes, B_steps, C_lanes, C_steps, length,
-                            packed, start[b, t0:], end[b, t0:], row[b, t0:], table, last, d, n, width)  # fmt: skip
+                            packed, start[b, t0:], end[b, t0:], row[b, t0:], table, last, d, n,
+                            width)  # fmt: skip
             if has_z:
                 load_tile(u_tile, z[b, d : d + width, t0 : t0 + length])
                 for t in range(length):

@@ -23,7 +23,7 @@ _one_at_a_time = threading.Lock()  # numba's fallback threading layer is not saf
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows, keep):
     """y (B, D, L), last_state (rows, D, N), states (B, chunks, D, N) entering each chunk."""
-    batch, d_inner, seqlen = u.shape
+    batch, _, seqlen = u.shape
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
     chunks = -(-seqlen // CHUNK) if keep else 0
     y = torch.empty(u.shape, dtype=torch.float32)
@@ -38,7 +38,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     return y.to(u.dtype), last, states
 
 
-def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state):
+def backward(
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state
+):
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
     (batch, d_inner, seqlen), d_state = u.shape, A.shape[1]
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
@@ -55,7 +57,8 @@ def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varl
     flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
     with _one_at_a_time:
         _use_threads_of_torch()
-        scan_backward(_array(dy), _array(dlast), *inputs, states.numpy(), *_edges(u, seq, varlen), span, pieces,
+        scan_backward(_array(dy), _array(dlast), *inputs, states.numpy(), *_edges(u, seq, varlen), span,
+        pieces,
                       *flags, *(t.numpy() for t in outputs))  # fmt: skip
 
     def matrix(v, steps, constant):

@@ -45,7 +45,25 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, backend):
+def _(
+    dy,
+    dlast,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    seq,
+    softplus,
+    varlen,
+    rows,
+    states,
+    initial_state,
+    backend,
+):
     like = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return [u.new_empty(0) if x is None else torch.empty_like(x) for x in like]
 
@@ -61,7 +79,23 @@ def _backward(ctx, dy, dlast, _):
     u, delta, A, B, C, D, z, delta_bias, seq, states, initial_state = ctx.saved_tensors
     softplus, varlen, rows, backend = ctx.settings
     grads = scan_backward(
-        dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, backend
+        dy,
+        dlast,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        seq,
+        softplus,
+        varlen,
+        rows,
+        states,
+        initial_state,
+        backend,
     )
     present = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     grads = [None if x is None else g for x, g in zip(present, grads, strict=True)]

@@ -9,6 +9,7 @@ from mamba_fast.ops.selective_scan.triton_tiles import (
     load_matrix,
     load_tile,
     load_vector,
+    locate,
     pick,
     scan_states,
     sigmoid,
@@ -20,24 +21,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def scan_forward_kernel(
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, table_ptr, seq_ptr, y_ptr, last_ptr, states_ptr,
+    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, table_ptr, seq_ptr, y_ptr, last_ptr,
+    states_ptr,
     u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides, y_strides,
     channels, seqlen, tiles, tiles_per_program, B_span, C_span,
-    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, VARLEN: tl.constexpr, B_CONSTANT: tl.constexpr,
     C_CONSTANT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """y and the last states. states (B, tiles, D, N): entry 0 of a program's span is read, the rest written."""
-    blocks = tl.cdiv(channels, BLOCK_D)
-    pid = tl.program_id(0)
-    offs_d = ((pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    spans = tl.cdiv(tiles, tiles_per_program)
-    span, b = (pid // blocks) % spans, (pid // (blocks * spans)).to(tl.int64)
-    mask_d = offs_d < channels
+    """y and the last states. states (B, tiles, D, N): a program reads its first entry, writes the others."""
+    block, span, b, offs_d, mask_d = locate(channels, tl.cdiv(tiles, tiles_per_program), BLOCK_D)
+    d = block.to(tl.int64) * BLOCK_D
+    stop = min((span + 1) * tiles_per_program, tiles)
     bias = load_vector(bias_ptr, offs_d, mask_d, HAS_BIAS)
     skip = load_vector(D_ptr, offs_d, mask_d, HAS_D)
-    d = ((pid % blocks) * BLOCK_D).to(tl.int64)
-    for k in range(span * tiles_per_program, min((span + 1) * tiles_per_program, tiles)):
+    for k in range(span * tiles_per_program, stop):
         offs_l = (k * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
         mask_l = offs_l < seqlen
         mask = mask_d[:, None] & mask_l[None, :]
@@ -45,9 +44,7 @@ def scan_forward_kernel(
         Delta, _ = load_delta(delta_ptr, delta_strides, bias, b, offs_d, offs_l, mask, SOFTPLUS)
         Delta_u = Delta * u
         y = u * skip[:, None]
-        start, end, row = tl.full((1, 1), 0, tl.int32), tl.full((1, 1), 0, tl.int32), tl.full((1, 1), 0, tl.int64)
-        if PACKED:
-            start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, VARLEN)
+        start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, PACKED, VARLEN)
         state_ptrs = states_ptr + ((b * tiles + k) * channels + offs_d) * N
         final = (tl.arange(0, BLOCK_L) == BLOCK_L - 1)[None, :]
         for n in range(N):
@@ -62,12 +59,14 @@ def scan_forward_kernel(
                 x += tl.where(start != 0, a * h0, 0.0)
             carry = tl.load(state_ptrs + n, mask=mask_d, other=0.0)
             h = scan_states(a, x, start, carry, PACKED)
-            y += h * load_matrix(C_ptr, C_strides, b, d // C_span, n, offs_d, offs_l, mask_d, mask_l, C_CONSTANT)
+            y += h * load_matrix(
+                C_ptr, C_strides, b, d // C_span, n, offs_d, offs_l, mask_d, mask_l, C_CONSTANT
+            )
             if VARLEN:
                 tl.store(last_ptr + (row * channels + offs_d[:, None]) * N + n, h, mask=mask & (end != 0))
             elif k == tiles - 1:
                 tl.store(last_ptr + (b * channels + offs_d) * N + n, pick(h, final), mask=mask_d)
-            if k + 1 < min((span + 1) * tiles_per_program, tiles):
+            if k + 1 < stop:
                 tl.store(state_ptrs + channels * N + n, pick(h, final), mask=mask_d)
         if HAS_Z:
             z = load_tile(z_ptr, z_strides, b, offs_d, offs_l, mask)
@@ -80,7 +79,8 @@ def scan_forward_kernel(
 def tile_summary_kernel(
     delta_ptr, bias_ptr, A_ptr, x_ptr, gate_ptr, M_ptr, table_ptr, seq_ptr, local_ptr, total_ptr,
     delta_strides, A_strides, x_strides, gate_strides, M_strides, channels, seqlen, tiles, M_span,
-    N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_TABLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_TABLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, VARLEN: tl.constexpr, M_CONSTANT: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -89,13 +89,10 @@ def tile_summary_kernel(
     Forward: the end state from zero, Σ_t exp(A Σ_{s>t} Δ_s) Δ_t u_t B_t, with x = u and M = B.
     REVERSE: A_bar g at the tile's start, Σ_t exp(A Σ_{s<=t} Δ_s) C_t dy_t, with x = dy and M = C.
     """
-    blocks = tl.cdiv(channels, BLOCK_D)
-    pid = tl.program_id(0)
-    offs_d = ((pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
-    k, b = (pid // blocks) % tiles, (pid // (blocks * tiles)).to(tl.int64)
-    d = ((pid % blocks) * BLOCK_D).to(tl.int64)
+    block, k, b, offs_d, mask_d = locate(channels, tiles, BLOCK_D)
+    d = block.to(tl.int64) * BLOCK_D
     offs_l = (k * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
-    mask_d, mask_l = offs_d < channels, offs_l < seqlen
+    mask_l = offs_l < seqlen
     mask = mask_d[:, None] & mask_l[None, :]
     bias = load_vector(bias_ptr, offs_d, mask_d, HAS_BIAS)
     Delta, _ = load_delta(delta_ptr, delta_strides, bias, b, offs_d, offs_l, mask, SOFTPLUS)
@@ -108,9 +105,9 @@ def tile_summary_kernel(
     if not REVERSE:
         x *= Delta
         passed = total[:, None] - passed
-    start, row, alive = tl.full((1, 1), 0, tl.int32), tl.full((1, 1), 0, tl.int64), mask
+    start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, PACKED, VARLEN)
+    alive = mask
     if PACKED:
-        start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, VARLEN)
         if REVERSE:  # from the tile's start to the first end
             alive = mask & (tl.cumsum(end, axis=1) - end == 0)
         else:  # from the last start to the tile's end
@@ -119,10 +116,14 @@ def tile_summary_kernel(
     tl.store(total_ptr + out_ptrs, total, mask=mask_d)
     for n in range(N):
         A2 = tl.load(A_ptr + offs_d * A_strides[0] + n * A_strides[1], mask=mask_d, other=0.0) * LOG2E
-        term = x * load_matrix(M_ptr, M_strides, b, d // M_span, n, offs_d, offs_l, mask_d, mask_l, M_CONSTANT)
+        term = x * load_matrix(
+            M_ptr, M_strides, b, d // M_span, n, offs_d, offs_l, mask_d, mask_l, M_CONSTANT
+        )
         if VARLEN and HAS_TABLE:
             edge = end if REVERSE else start
-            value = tl.load(table_ptr + (row * channels + offs_d[:, None]) * N + n, mask=mask & (edge != 0), other=0.0)
+            value = tl.load(
+                table_ptr + (row * channels + offs_d[:, None]) * N + n, mask=mask & (edge != 0), other=0.0
+            )
             term += value if REVERSE else tl.exp2(Delta * A2[:, None]) * value
         local = tl.sum(tl.where(alive, tl.exp2(passed * A2[:, None]) * term, 0.0), axis=1)
         tl.store(local_ptr + out_ptrs * N + n, local, mask=mask_d)

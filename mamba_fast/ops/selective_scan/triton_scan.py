@@ -13,7 +13,11 @@ import triton
 
 from mamba_fast.ops.selective_scan.backends import interpreted
 from mamba_fast.ops.selective_scan.triton_backward import scan_backward_kernel
-from mamba_fast.ops.selective_scan.triton_forward import chain_kernel, scan_forward_kernel, tile_summary_kernel
+from mamba_fast.ops.selective_scan.triton_forward import (
+    chain_kernel,
+    scan_forward_kernel,
+    tile_summary_kernel,
+)
 
 __all__ = ["CHUNK", "backward", "forward"]
 
@@ -66,11 +70,15 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     plan = _plan(u, B, C)
     table = None if initial_state is None else initial_state.contiguous()
     y = torch.empty_like(u)
-    last = A.new_zeros(rows, channels, N) if table is None else table.clone()  # an empty sequence keeps its state
+    last = (
+        A.new_zeros(rows, channels, N) if table is None else table.clone()
+    )  # an empty sequence keeps its state
     states = A.new_empty(batch, plan.tiles, channels, N)
     first = None if varlen else table
     if plan.split:
-        states = _enter_tiles(plan, u, delta, A, B, None, delta_bias, first, table, seq, softplus, varlen, False)
+        states = _enter_tiles(
+            plan, u, delta, A, B, None, delta_bias, first, table, seq, softplus, varlen, False
+        )
     else:
         states[:, 0] = 0 if first is None else first
     scan_forward_kernel[plan.grid](
@@ -82,22 +90,31 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     return y, last, states if keep else states.new_empty(batch, 0, channels, N)
 
 
-def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state):
+def backward(
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state
+):
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
-    (batch, channels, seqlen), N = u.shape, A.shape[1]
+    (_, channels, seqlen), N = u.shape, A.shape[1]
     plan = _plan(u, B, C)
     table = None if initial_state is None else initial_state.contiguous()
     dlast = dlast.contiguous()
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
-    dA, dbias, dD = states.new_empty(states.shape), states.new_empty(states.shape[:3]), states.new_empty(states.shape[:3])
+    dA, dbias, dD = (
+        states.new_empty(states.shape),
+        states.new_empty(states.shape[:3]),
+        states.new_empty(states.shape[:3]),
+    )
     slots = plan.blocks if torch.are_deterministic_algorithms_enabled() else 1
     dB, dC = (
-        states.new_empty(states.shape) if _constant(v, u) else states.new_zeros(slots, *v.shape) for v in (B, C)
+        states.new_empty(states.shape) if _constant(v, u) else states.new_zeros(slots, *v.shape)
+        for v in (B, C)
     )
     dtable = dlast.clone()  # that of an empty sequence
     last_flow = None if varlen else dlast
     if plan.split:
-        flows = _enter_tiles(plan, dy, delta, A, C, z, delta_bias, last_flow, dlast, seq, softplus, varlen, True)
+        flows = _enter_tiles(
+            plan, dy, delta, A, C, z, delta_bias, last_flow, dlast, seq, softplus, varlen, True
+        )
     else:
         flows = torch.empty_like(states)
         flows[:, -1] = 0 if varlen else dlast
@@ -105,7 +122,8 @@ def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varl
         u, delta, A, B, C, D, z, delta_bias, table, seq, dy, dlast, states, flows,
         du, ddelta, dz, dA, dB, dC, dD, dbias, dtable,
         u.stride(), delta.stride(), A.stride(), B.stride(), C.stride(), _strides(z), dy.stride(), du.stride(),
-        ddelta.stride(), _strides(dz), dB.stride(), dC.stride(), channels, seqlen, plan.tiles, plan.tiles_per_program,
+        ddelta.stride(), _strides(dz), dB.stride(), dC.stride(), channels, seqlen, plan.tiles,
+        plan.tiles_per_program,
         channels // B.shape[1], channels // C.shape[1], slots,
         **_switches(D, z, delta_bias, table, seq, softplus, varlen, B, C, u, N, plan),
     )  # fmt: skip
@@ -120,7 +138,7 @@ def backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varl
 
 
 def _enter_tiles(plan, x, delta, A, M, gate, delta_bias, edge, table, seq, softplus, varlen, reverse):
-    """(B, tiles, D, N): the state that enters each tile from its left or, with reverse, the flow from its right."""
+    """(B, tiles, D, N): the state entering a tile from its left or, with reverse, the flow from its right."""
     (batch, channels, seqlen), N = x.shape, A.shape[1]
     local = A.new_empty(batch, plan.tiles, channels, N)
     total, carry = A.new_empty(local.shape[:3]), torch.empty_like(local)
@@ -130,7 +148,8 @@ def _enter_tiles(plan, x, delta, A, M, gate, delta_bias, edge, table, seq, softp
         delta.stride(), A.stride(), x.stride(), _strides(gate), M.stride(), channels, seqlen, plan.tiles,
         channels // M.shape[1], N=N, HAS_BIAS=delta_bias is not None, HAS_GATE=gate is not None,
         HAS_TABLE=table is not None, SOFTPLUS=softplus, PACKED=seq is not None, VARLEN=varlen,
-        M_CONSTANT=_constant(M, x), REVERSE=reverse, BLOCK_D=plan.block_d, BLOCK_L=plan.block_l, num_warps=_WARPS,
+        M_CONSTANT=_constant(M, x), REVERSE=reverse, BLOCK_D=plan.block_d, BLOCK_L=plan.block_l,
+        num_warps=_WARPS,
     )  # fmt: skip
     cut = None if seq is None else _cut(seq, varlen, reverse, plan)
     block = 128

@@ -27,6 +27,19 @@ def sigmoid(x):
 
 
 @triton.jit
+def locate(channels, spans, BLOCK_D: tl.constexpr):
+    """What this program works on: block of channels, span of tiles, batch element, channels and their mask.
+
+    Blocks of channels come first, so that neighbouring programs read the same B and C.
+    """
+    blocks = tl.cdiv(channels, BLOCK_D)
+    pid = tl.program_id(0)
+    block, span, b = pid % blocks, (pid // blocks) % spans, (pid // (blocks * spans)).to(tl.int64)
+    offs_d = block.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    return block, span, b, offs_d, offs_d < channels
+
+
+@triton.jit
 def load_tile(ptr, strides, b, offs_d, offs_l, mask):
     """A (BLOCK_D, BLOCK_L) tile of a (B, D, L) tensor with any strides, in float32; 0 where masked."""
     offs = b * strides[0] + offs_d[:, None] * strides[1] + offs_l[None, :] * strides[2]
@@ -75,18 +88,23 @@ def load_matrix(ptr, strides, b, group, n, offs_d, offs_l, mask_d, mask_l, CONST
 
 
 @triton.jit
-def load_edges(seq_ptr, b, seqlen, offs_l, mask_l, VARLEN: tl.constexpr):
-    """(1, BLOCK_L) int32 flags: a packed sequence starts here, ends here; and its index."""
-    row = tl.load(seq_ptr + b * seqlen + offs_l, mask=mask_l, other=0)
-    before = tl.load(seq_ptr + b * seqlen + offs_l - 1, mask=mask_l & (offs_l > 0), other=0)
-    after = tl.load(seq_ptr + b * seqlen + offs_l + 1, mask=offs_l + 1 < seqlen, other=0)
-    first, last = offs_l == 0, offs_l == seqlen - 1
-    if VARLEN:
-        start, end = first | (row != before), last | (row != after)
+def load_edges(ptr, b, seqlen, offs_l, mask_l, PACKED: tl.constexpr, VARLEN: tl.constexpr):
+    """(1, BLOCK_L): does a packed sequence start here, end here; its index. (1, 1) zeros if not PACKED."""
+    if PACKED:
+        row = tl.load(ptr + b * seqlen + offs_l, mask=mask_l, other=0)
+        before = tl.load(ptr + b * seqlen + offs_l - 1, mask=mask_l & (offs_l > 0), other=0)
+        after = tl.load(ptr + b * seqlen + offs_l + 1, mask=offs_l + 1 < seqlen, other=0)
+        first, last = offs_l == 0, offs_l == seqlen - 1
+        if VARLEN:
+            start, end = first | (row != before), last | (row != after)
+        else:
+            start, end = (row != before) & (offs_l > 0), (row != after) & (offs_l < seqlen - 1)
+        start, end = (start & mask_l).to(tl.int32)[None, :], (end & mask_l).to(tl.int32)[None, :]
+        row = row.to(tl.int64)[None, :]
     else:
-        start, end = (row != before) & (offs_l > 0), (row != after) & (offs_l < seqlen - 1)
-    start, end = start & mask_l, end & mask_l
-    return start.to(tl.int32)[None, :], end.to(tl.int32)[None, :], row.to(tl.int64)[None, :]
+        start, end = tl.full((1, 1), 0, tl.int32), tl.full((1, 1), 0, tl.int32)
+        row = tl.full((1, 1), 0, tl.int64)
+    return start, end, row
 
 
 @triton.jit
@@ -157,7 +175,7 @@ def _before_cut(r2, g2, a2, cut2, r1, g1, a1, cut1):
 
 @triton.jit
 def scan_adjoint(a, c, end, flow, PACKED: tl.constexpr):
-    """g_t = c_t + a_{t+1} g_{t+1}, where `flow` (BLOCK_D,) is a g of the next tile; where end_t, g_t = c_t."""
+    """g_t = c_t + a_{t+1} g_{t+1}; `flow` (BLOCK_D,) is the a g of the next tile; where end_t, g_t = c_t."""
     ones = tl.full(a.shape, 1.0, tl.float32)
     if PACKED:
         flags = tl.broadcast_to(end, a.shape)
