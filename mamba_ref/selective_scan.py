@@ -81,10 +81,9 @@ def selective_scan(
         delta = F.softplus(delta)
     h = A.new_zeros(batch, *A.shape) if initial_state is None else initial_state.to(state_type)
     ys = []
-    for t in range(seqlen):
-        B_t, C_t = (x[..., t if x.shape[-1] > 1 else 0] for x in (B, C))  # (B or 1, D, N)
-        A_bar = torch.exp(delta[:, :, t, None] * A)  # (B, D, N)
-        h = A_bar * h + (delta[:, :, t] * u[:, :, t])[..., None] * B_t
+    for u_t, delta_t, B_t, C_t in zip(*(_steps(x, seqlen) for x in (u, delta, B, C)), strict=True):
+        A_bar = torch.exp(delta_t[..., None] * A)  # (B, D, N)
+        h = A_bar * h + (delta_t * u_t)[..., None] * B_t
         y_t = (C_t * h).sum(-1)
         ys.append(2 * y_t.real if A.is_complex() else y_t)
     y = torch.stack(ys, dim=-1) if ys else torch.zeros_like(u)
@@ -93,6 +92,11 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(z.to(compute))
     return (y.to(dtype_in), h) if return_last_state else y.to(dtype_in)
+
+
+def _steps(x, seqlen):
+    """x (..., L or 1) as L time steps. Indexing x[..., t] instead would cost L^2 in the backward."""
+    return x.unbind(-1) if x.shape[-1] == seqlen else (x[..., 0],) * seqlen
 
 
 def _per_channel_numpy(x, dtype, d_inner):

@@ -22,8 +22,8 @@ from mamba_fast.ops.selective_scan.triton_forward import (
 __all__ = ["CHUNK", "backward", "forward"]
 
 CHUNK = 32 if interpreted() else 256  # steps between saved states
-_BLOCK_D, _WARPS = 4, 4
-_PROGRAMS_A_MULTIPROCESSOR = 4  # fewer leave the chip idle, and the sequence is split
+_BLOCK_D, _WARPS = 2, 1  # a row of 256 steps is 8 a lane: no data crosses warps
+_PROGRAMS_A_MULTIPROCESSOR = 32  # fewer leave the chip idle, and the sequence is split
 
 
 class _Plan(NamedTuple):
