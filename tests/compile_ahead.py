@@ -1,6 +1,6 @@
 """Compile the kernels of real calls ahead of time, without a GPU, and print what each of them needs.
 
-    TRITON_INTERPRET=0 python tests/compile_ahead.py 80 90 100
+    PYTHONPATH=.:tests TRITON_INTERPRET=0 python tests/compile_ahead.py 80 90 100
 
 calls the Triton backend as `selective_scan_fn` does, with every kernel launch replaced by a note of its
 arguments. Each noted launch is then compiled as Triton would compile it on NVIDIA GPUs of these
@@ -15,18 +15,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
+import triton
+from cases import at_precision
+from scan_inputs import scan_inputs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from cases import at_precision  # noqa: E402
-from scan_inputs import scan_inputs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from mamba_fast.ops.selective_scan import triton_scan  # noqa: E402
-from mamba_fast.ops.selective_scan.arguments import normalise  # noqa: E402
+from mamba_fast.ops.selective_scan import triton_scan
+from mamba_fast.ops.selective_scan.arguments import normalise
 
 KERNELS = ("scan_forward_kernel", "tile_summary_kernel", "chain_kernel", "scan_backward_kernel")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -99,7 +96,7 @@ def resources(built):
 
 
 def cases(architectures):
-    """Every kernel, type and packing on every architecture; unsplit rows and seq_idx on the second one only."""
+    """What to compile: on one architecture also rows that are not split, and seq_idx."""
     for arch in architectures:
         for dtype in DTYPES:
             yield from ((arch, dtype, packing, True) for packing in ("none", "cu_seqlens"))

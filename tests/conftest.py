@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
+with torch.device("meta"):  # torch lists its constructors at first use: before they are patched below
+    torch.empty(0)
+
 _NEEDS = {
     "gpu": torch.cuda.is_available(),
     **{m: bool(importlib.util.find_spec(m)) for m in ("triton", "numba")},

@@ -1,4 +1,4 @@
-"""The Triton kernels as a GPU gets them: compiled for real architectures, at real block sizes, without a GPU."""
+"""The Triton kernels as a GPU gets them: compiled for real architectures at real block sizes, without one."""
 
 import json
 import os
@@ -11,14 +11,15 @@ import pytest
 pytestmark = pytest.mark.triton
 
 ARCHITECTURES = (80, 90, 100)
-PROGRAM = Path(__file__).parents[1] / "compile_ahead.py"
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """One row a compiled kernel. The program calls the backend itself: nothing here repeats its block sizes."""
-    command = [sys.executable, PROGRAM, *map(str, ARCHITECTURES)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    """One row a kernel. The program calls the backend itself: block sizes stand in one place."""
+    command = [sys.executable, TESTS / "compile_ahead.py", *map(str, ARCHITECTURES)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 

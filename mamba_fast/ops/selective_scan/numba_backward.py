@@ -4,14 +4,35 @@ import numpy as np
 from numba import njit, prange
 
 from mamba_fast.ops.selective_scan.numba_math import (
+    A_N,
+    B_LANES,
+    BY_DECAY,
+    C_LANES,
     CHUNK,
+    DA,
+    DB,
+    DBU,
+    DC,
+    DECAY,
+    DELTA,
+    DELTA_U,
+    DOUT,
+    DY,
     EXACT,
+    H_PREV,
     LANES,
     LOG2E,
+    ROW,
+    SLOPE,
+    STATE,
+    U,
     F,
+    H,
+    Y,
+    Z,
     exp2,
-    load_delta,
     load_matrix,
+    load_steps,
     load_tile,
     sigmoid,
     store_tile,
@@ -22,139 +43,150 @@ SUMS = {"contract", "reassoc"}
 
 
 @njit(fastmath=EXACT, cache=True)
-def _recompute(h, A2, Delta, Delta_u, B_lanes, B_steps, decay, h_prev, h_all, length,
-               packed, start, row, table, d, n, width):  # fmt: skip
-    """Decay, state before and state after every step of a chunk, for one n: tiles (CHUNK, LANES)."""
+def _recompute(h, w, v, B_steps, length, packed, start, row, table, d, n, width):
+    """A_bar_t and h_{t-1} of every step of a chunk, for one state n, from h (LANES,)."""
+    v_n = v[n]
     for t in range(length):
+        x_t = w[t]
         if packed and start[t]:
             for j in range(width):
                 h[j] = table[row[t], d + j, n] if row[t] >= 0 else F(0)
         B_t = B_steps[t]
         for j in range(LANES):
-            a = exp2(Delta[t, j] * A2[j])
-            v = a * h[j] + Delta_u[t, j] * (B_t * B_lanes[j])
-            decay[t, j], h_prev[t, j], h_all[t, j], h[j] = a, h[j], v, v
+            a = exp2(x_t[DELTA + j] * (v_n[A_N + j] * LOG2E))
+            x_t[DECAY + j], x_t[H_PREV + j] = a, h[j]
+            h[j] = a * h[j] + x_t[DELTA_U + j] * (B_t * v_n[B_LANES + j])
 
 
 @njit(fastmath=SUMS, cache=True)
-def _reverse(flow, A_n, Delta, Delta_u, dy, decay, h_prev, h_all, B_lanes, B_steps, C_lanes, C_steps,
-             y, ddelta, dBu, dA, dB_lanes, dC_lanes, dB_steps, dC_steps, length,
+def _reverse(w, v, B_steps, C_steps, dB_steps, dC_steps, backwards, length,
              packed, varlen, start, end, row, dlast, dtable, d, n, width):  # fmt: skip
-    """The adjoint g_t = C_t dy_t + flow, flow = A_bar_t g_t, and all that one n adds to the gradients."""
-    for t in range(length - 1, -1, -1):
+    """The adjoint g_t = C_t dy_t + flow, flow = A_bar_t g_t, and all that one n adds to the gradients.
+
+    `backwards` holds CHUNK - 1, ..., 0: LLVM takes no SIMD for rows that it can see go backwards in
+    memory, and cannot see it when the row number is read from an array.
+    """
+    v_n = v[n]
+    for i in range(CHUNK - length, CHUNK):
+        t = backwards[i]
+        x_t = w[t]
         if packed and end[t]:  # nothing flows back from the next sequence, only from this one's last state
             for j in range(width):
-                flow[j] = dlast[row[t], d + j, n] if row[t] >= 0 else F(0)
+                v_n[H + j] = dlast[row[t], d + j, n] if row[t] >= 0 else F(0)
         B_t, C_t, sum_B, sum_C = B_steps[t], C_steps[t], F(0), F(0)
         for j in range(LANES):
-            C_j, B_j = C_t * C_lanes[j], B_t * B_lanes[j]
-            g = dy[t, j] * C_j + flow[j]
-            y[t, j] += h_all[t, j] * C_j
-            back = g * decay[t, j]
-            through_decay = back * h_prev[t, j]
-            dA[j] += through_decay * Delta[t, j]
-            ddelta[t, j] += through_decay * A_n[j]
-            dBu[t, j] += g * B_j
-            flow[j] = back
-            to_B, to_C = g * Delta_u[t, j], dy[t, j] * h_all[t, j]
-            dB_lanes[j] += to_B
-            dC_lanes[j] += to_C
+            B_j, C_j = B_t * v_n[B_LANES + j], C_t * v_n[C_LANES + j]
+            decayed = x_t[DECAY + j] * x_t[H_PREV + j]
+            h = decayed + x_t[DELTA_U + j] * B_j
+            g = x_t[DY + j] * C_j + v_n[H + j]
+            x_t[Y + j] += h * C_j
+            x_t[DBU + j] += g * B_j
+            x_t[BY_DECAY + j] += g * decayed * v_n[A_N + j]
+            v_n[DA + j] += g * decayed * x_t[DELTA + j]
+            v_n[H + j] = g * x_t[DECAY + j]
+            to_B, to_C = g * x_t[DELTA_U + j], x_t[DY + j] * h
+            v_n[DB + j] += to_B
+            v_n[DC + j] += to_C
             sum_B += to_B
             sum_C += to_C
         dB_steps[t] += sum_B
         dC_steps[t] += sum_C
         if packed and varlen and start[t]:
             for j in range(width):
-                dtable[row[t], d + j, n] = flow[j]
+                dtable[row[t], d + j, n] = v_n[H + j]
 
 
 @njit(fastmath=EXACT, cache=True)
-def _load_chunk(tiles, u, delta, z, dy, D, bias, softplus_on, has_z, length):
-    """Fill Δ, dΔ, u, Δu, dy (before the gate), y (so far D u), z and dout; clear the accumulators."""
-    Delta, slope, u_tile, Delta_u, dy_tile, y, z_tile, dout = tiles[:8]
-    load_tile(u_tile, u)
-    load_delta(Delta, slope, delta, bias, softplus_on)
-    load_tile(dout, dy)
+def _load_chunk(w, u, delta, z, dy, bias, D, softplus_on, has_z):
+    """Everything of a chunk that does not depend on n; the accumulators start at zero, y at D u."""
+    load_steps(w, u, delta, bias, D, softplus_on)
+    load_tile(w, DOUT, dy)
     if has_z:
-        load_tile(z_tile, z)
-    for t in range(length):
+        load_tile(w, Z, z)
+    for t in range(u.shape[1]):
+        x_t = w[t]
+        if softplus_on:
+            for j in range(LANES):
+                s = sigmoid(x_t[SLOPE + j])
+                x_t[SLOPE + j] = F(1) if x_t[SLOPE + j] > F(20) else s
+        else:
+            for j in range(LANES):
+                x_t[SLOPE + j] = F(1)
+        if has_z:
+            for j in range(LANES):
+                x_t[DY + j] = x_t[DOUT + j] * x_t[Z + j] * sigmoid(x_t[Z + j])
+        else:
+            for j in range(LANES):
+                x_t[DY + j] = x_t[DOUT + j]
         for j in range(LANES):
-            gate = z_tile[t, j] * sigmoid(z_tile[t, j]) if has_z else F(1)
-            Delta_u[t, j] = Delta[t, j] * u_tile[t, j]
-            dy_tile[t, j] = dout[t, j] * gate
-            y[t, j] = u_tile[t, j] * D[j]
-    tiles[8:10] = F(0)  # ddelta through the decay, d(B u)
+            x_t[BY_DECAY + j], x_t[DBU + j] = F(0), F(0)
 
 
 @njit(fastmath=EXACT, cache=True)
-def _finish_chunk(tiles, D, has_z, length, width, du, ddelta, dz, dD, dbias):
+def _finish_chunk(w, D, has_z, du, ddelta, dz, dD, dbias):
     """Turn the sums over n into du, ddelta, dz and add this chunk's share to dD and ddelta_bias."""
-    Delta, slope, u_tile, _, dy, y, z_tile, dout, through_decay, dBu = tiles[:10]
-    for t in range(length):
-        for j in range(width):
-            dD[j] += dy[t, j] * u_tile[t, j]
-            step = (through_decay[t, j] + dBu[t, j] * u_tile[t, j]) * slope[t, j]
+    for t in range(du.shape[1]):
+        x_t = w[t]
+        for j in range(LANES):
+            step = (x_t[BY_DECAY + j] + x_t[DBU + j] * x_t[U + j]) * x_t[SLOPE + j]
+            x_t[BY_DECAY + j] = step
+            x_t[DBU + j] = x_t[DBU + j] * x_t[DELTA + j] + x_t[DY + j] * D[j]
+            dD[j] += x_t[DY + j] * x_t[U + j]
             dbias[j] += step
-            through_decay[t, j] = step
-            dBu[t, j] = dBu[t, j] * Delta[t, j] + dy[t, j] * D[j]
-            s = sigmoid(z_tile[t, j])
-            dout[t, j] *= y[t, j] * s * (F(1) + z_tile[t, j] * (F(1) - s))
-    store_tile(du, dBu)
-    store_tile(ddelta, through_decay)
+        if has_z:
+            for j in range(LANES):
+                s = sigmoid(x_t[Z + j])
+                x_t[DOUT + j] *= x_t[Y + j] * s * (F(1) + x_t[Z + j] * (F(1) - s))
+    store_tile(du, w, DBU)
+    store_tile(ddelta, w, BY_DECAY)
     if has_z:
-        store_tile(dz, dout)
+        store_tile(dz, w, DOUT)
 
 
 @njit(parallel=True, fastmath=EXACT, cache=True)
-def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span,
-                  pieces,
+def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span, pieces,
                   softplus_on, has_z, packed, varlen, B_constant, C_constant,
                   du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable):  # fmt: skip
     """Fill every gradient; dB, dC are (B, spans, pieces, N, L): one slot a task, summed by the caller."""
     batch, channels, seqlen = u.shape
     d_state, spans, per_span = A.shape[1], channels // span, (span + LANES - 1) // LANES
     for task in prange(batch * spans * pieces):
-        b, s, piece = task // (spans * pieces), task // pieces % spans, task % pieces
-        tiles, lanes = np.zeros((13, CHUNK, LANES), np.float32), np.zeros((6, LANES), np.float32)
-        decay, h_prev, h_all = tiles[10], tiles[11], tiles[12]
-        skip, bias, B_lanes, C_lanes, dD_lanes, dbias_lanes = lanes
+        b, group, piece = task // (spans * pieces), task // pieces % spans, task % pieces
+        w, lanes = np.zeros((CHUNK, ROW), np.float32), np.zeros((5, LANES), np.float32)
+        skip, bias, h, dD_lanes, dbias_lanes = lanes
         B_steps, C_steps = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
+        backwards = np.arange(CHUNK - 1, -1, -1)
         for block in range(piece, per_span, pieces):
-            d = s * span + block * LANES
-            width = min(LANES, (s + 1) * span - d)
-            A_n, flow, dA_n, dB_n, dC_n = np.zeros((5, d_state, LANES), np.float32)
+            d = group * span + block * LANES
+            width = min(LANES, (group + 1) * span - d)
+            at = slice(d, d + width)
+            v = np.zeros((d_state, STATE), np.float32)
             lanes[:] = F(0)
-            skip[:width], bias[:width] = D[d : d + width], delta_bias[d : d + width]
-            for j in range(width):
-                for n in range(d_state):
-                    A_n[n, j] = A[d + j, n]
-                    flow[n, j] = F(0) if varlen else dlast[b, d + j, n]
+            skip[:width], bias[:width] = D[at], delta_bias[at]
+            for n in range(d_state):
+                for j in range(width):
+                    v[n, A_N + j] = A[d + j, n]
+                    v[n, H + j] = F(0) if varlen else dlast[b, d + j, n]
             for chunk in range((seqlen + CHUNK - 1) // CHUNK - 1, -1, -1):
                 t0 = chunk * CHUNK
                 here = slice(t0, min(t0 + CHUNK, seqlen))
                 length = here.stop - t0
-                at = slice(d, d + width)
-                _load_chunk(tiles, u[b, at, here], delta[b, at, here], z[b, at, here], dy[b, at, here], skip,
-                            bias,
-                            softplus_on, has_z, length)  # fmt: skip
+                edges = start[b, t0:], end[b, t0:], row[b, t0:]
+                _load_chunk(w, u[b, at, here], delta[b, at, here], z[b, at, here], dy[b, at, here],
+                            bias, skip, softplus_on, has_z)  # fmt: skip
                 for n in range(d_state):
-                    load_matrix(B_lanes, B_steps, B, B_constant, b, d, n, t0, length, channels)
-                    load_matrix(C_lanes, C_steps, C, C_constant, b, d, n, t0, length, channels)
-                    h = np.zeros(LANES, np.float32)
+                    load_matrix(v[n], B_LANES, B_steps, B, B_constant, b, d, n, t0, length, channels)
+                    load_matrix(v[n], C_LANES, C_steps, C, C_constant, b, d, n, t0, length, channels)
                     h[:width] = states[b, chunk, at, n]
-                    _recompute(h, A_n[n] * LOG2E, tiles[0], tiles[3], B_lanes, B_steps, decay, h_prev, h_all,
-                               length, packed, start[b, t0:], row[b, t0:], table, d, n, width)  # fmt: skip
-                    _reverse(flow[n], A_n[n], tiles[0], tiles[3], tiles[4], decay, h_prev, h_all,
-                             B_lanes, B_steps, C_lanes, C_steps, tiles[5], tiles[8], tiles[9],
-                             dA_n[n], dB_n[n], dC_n[n], dB[b, s, piece, n, here], dC[b, s, piece, n, here],
-                             length,
-                             packed, varlen, start[b, t0:], end[b, t0:], row[b, t0:], dlast, dtable, d, n,
-                             width)  # fmt: skip
-                _finish_chunk(tiles, skip, has_z, length, width, du[b, at, here], ddelta[b, at, here],
-                              dz[b, at, here], dD_lanes, dbias_lanes)  # fmt: skip
-            for j in range(width):
-                dD[b, d + j], dbias[b, d + j] = dD_lanes[j], dbias_lanes[j]
-                dA[b, d + j] = dA_n[:, j]
-                dB_constant[b, d + j], dC_constant[b, d + j] = dB_n[:, j], dC_n[:, j]
+                    _recompute(h, w, v, B_steps, length, packed, edges[0], edges[2], table, d, n, width)
+                    _reverse(w, v, B_steps, C_steps, dB[b, group, piece, n, here], dC[b, group, piece, n, here],
+                             backwards, length, packed, varlen, *edges, dlast, dtable, d, n, width)  # fmt: skip
+                _finish_chunk(w, skip, has_z, du[b, at, here], ddelta[b, at, here], dz[b, at, here],
+                              dD_lanes, dbias_lanes)  # fmt: skip
+            dD[b, at], dbias[b, at] = dD_lanes[:width], dbias_lanes[:width]
+            for n in range(d_state):
+                dA[b, at, n] = v[n, DA : DA + width]
+                dB_constant[b, at, n] = v[n, DB : DB + width]
+                dC_constant[b, at, n] = v[n, DC : DC + width]
                 if not varlen:
-                    dtable[b, d + j] = flow[:, j]
+                    dtable[b, at, n] = v[n, H : H + width]

@@ -98,8 +98,8 @@ def scan_backward_kernel(
 
     The adjoint is g_t = C_t dy_t + flow_t with flow_t = A_bar_{t+1} g_{t+1}.
     """
-    block, span, b, offs_d, mask_d = locate(channels, tl.cdiv(tiles, tiles_per_program), BLOCK_D)
-    d, first_tile = block.to(tl.int64) * BLOCK_D, span * tiles_per_program
+    block, stretch, b, offs_d, mask_d = locate(channels, tl.cdiv(tiles, tiles_per_program), BLOCK_D)
+    d, first_tile = block.to(tl.int64) * BLOCK_D, stretch * tiles_per_program
     bias = load_vector(bias_ptr, offs_d, mask_d, HAS_BIAS)
     skip = load_vector(D_ptr, offs_d, mask_d, HAS_D)
     for i in range(min(tiles_per_program, tiles - first_tile)):

@@ -31,12 +31,12 @@ def scan_forward_kernel(
     C_CONSTANT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """y and the last states. states (B, tiles, D, N): a program reads its first entry, writes the others."""
-    block, span, b, offs_d, mask_d = locate(channels, tl.cdiv(tiles, tiles_per_program), BLOCK_D)
+    block, stretch, b, offs_d, mask_d = locate(channels, tl.cdiv(tiles, tiles_per_program), BLOCK_D)
     d = block.to(tl.int64) * BLOCK_D
-    stop = min((span + 1) * tiles_per_program, tiles)
+    stop = min((stretch + 1) * tiles_per_program, tiles)
     bias = load_vector(bias_ptr, offs_d, mask_d, HAS_BIAS)
     skip = load_vector(D_ptr, offs_d, mask_d, HAS_D)
-    for k in range(span * tiles_per_program, stop):
+    for k in range(stretch * tiles_per_program, stop):
         offs_l = (k * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
         mask_l = offs_l < seqlen
         mask = mask_d[:, None] & mask_l[None, :]
@@ -101,10 +101,11 @@ def tile_summary_kernel(
         z = load_tile(gate_ptr, gate_strides, b, offs_d, offs_l, mask)
         x *= z * sigmoid(z)
     total = tl.sum(Delta, axis=1)
-    passed = tl.cumsum(Delta, axis=1)  # Σ_{s<=t} Δ_s
-    if not REVERSE:
+    if REVERSE:
+        passed = tl.cumsum(Delta, axis=1)  # Σ_{s<=t} Δ_s
+    else:  # Σ_{s>t} Δ_s, summed from its own end: ΣΔ minus the sum so far would lose the digits of the last steps
+        passed = tl.cumsum(Delta, axis=1, reverse=True) - Delta
         x *= Delta
-        passed = total[:, None] - passed
     start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, PACKED, VARLEN)
     alive = mask
     if PACKED:

@@ -23,6 +23,7 @@ __all__ = ["CHUNK", "backward", "forward"]
 
 CHUNK = 32 if interpreted() else 256  # steps between saved states
 _BLOCK_D, _WARPS = 2, 1  # a row of 256 steps is 8 a lane: no data crosses warps
+_FORWARD_REGISTERS, _BACKWARD_REGISTERS = 128, 168  # a thread: more warps fit, and loads wait less
 _PROGRAMS_A_MULTIPROCESSOR = 32  # fewer leave the chip idle, and the sequence is split
 
 
@@ -86,6 +87,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
         u.stride(), delta.stride(), A.stride(), B.stride(), C.stride(), _strides(z), y.stride(),
         channels, seqlen, plan.tiles, plan.tiles_per_program, channels // B.shape[1], channels // C.shape[1],
         **_switches(D, z, delta_bias, table, seq, softplus, varlen, B, C, u, N, plan),
+        maxnreg=_FORWARD_REGISTERS,
     )  # fmt: skip
     return y, last, states if keep else states.new_empty(batch, 0, channels, N)
 
@@ -126,6 +128,7 @@ def backward(
         plan.tiles_per_program,
         channels // B.shape[1], channels // C.shape[1], slots,
         **_switches(D, z, delta_bias, table, seq, softplus, varlen, B, C, u, N, plan),
+        maxnreg=_BACKWARD_REGISTERS,
     )  # fmt: skip
 
     def matrix(v, grad):

@@ -27,16 +27,16 @@ def sigmoid(x):
 
 
 @triton.jit
-def locate(channels, spans, BLOCK_D: tl.constexpr):
-    """What this program works on: block of channels, span of tiles, batch element, channels and their mask.
+def locate(channels, stretches, BLOCK_D: tl.constexpr):
+    """What this program works on: block of channels, stretch of tiles, batch element, channels and their mask.
 
     Blocks of channels come first, so that neighbouring programs read the same B and C.
     """
     blocks = tl.cdiv(channels, BLOCK_D)
     pid = tl.program_id(0)
-    block, span, b = pid % blocks, (pid // blocks) % spans, (pid // (blocks * spans)).to(tl.int64)
+    block, stretch, b = pid % blocks, (pid // blocks) % stretches, (pid // (blocks * stretches)).to(tl.int64)
     offs_d = block.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    return block, span, b, offs_d, offs_d < channels
+    return block, stretch, b, offs_d, offs_d < channels
 
 
 @triton.jit

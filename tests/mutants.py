@@ -1,0 +1,285 @@
+"""Bugs put in on purpose, one at a time, and the test that must notice each of them.
+
+    python tests/mutants.py
+
+prints them as the table of docs/testing.md. tests/run_mutants.py applies them to a copy of the
+sources, and tests/test_mutants.py asserts that none survives.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SCAN = "mamba_fast/ops/selective_scan/"
+AGREES = "mamba_fast/test_selective_scan.py::"
+PROPERTIES = "mamba_fast/test_properties.py::"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: `old` stands exactly once in `file`, and with `new` in its place `check` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: str
+
+    @property
+    def backend(self):
+        """Whose code is broken: a backend, the reference, or what all backends share."""
+        if self.file.startswith("mamba_ref/"):
+            return "reference"
+        room = Path(self.file).stem.split("_")[0]
+        return room if room in ("torch", "numba", "triton") else "all"
+
+
+NUMBA = (
+    Mutant(
+        "the decay of the step before", SCAN + "numba_forward.py",
+        "exp2(x_t[DELTA + j] * v_n[A_N + j])", "exp2(w[max(t - 1, 0), DELTA + j] * v_n[A_N + j])",
+        AGREES + "test_every_length[numba-2]",
+    ),
+    Mutant(
+        "the state is kept in float16", SCAN + "numba_forward.py",
+        "v_n[H + j] = h\n", "v_n[H + j] = np.float16(h)\n",
+        AGREES + "test_every_length[numba-31]",
+    ),
+    Mutant(
+        "C in the place of B", SCAN + "numba_forward.py",
+        "(B_t * v_n[B_LANES + j])", "(C_t * v_n[C_LANES + j])",
+        AGREES + "test_every_length[numba-1]",
+    ),
+    Mutant(
+        "the initial state is ignored", SCAN + "numba_forward.py",
+        "F(0) if varlen else table[b, d + j, n]", "F(0)",
+        AGREES + "test_every_length[numba-2]",
+    ),
+    Mutant(
+        "a packed sequence goes on from the state of the one before it", SCAN + "numba_forward.py",
+        "if packed and start[t]:", "if packed and start[t] and row[t] >= 0:",
+        AGREES + "test_packed_rows[numba-5-False]",
+    ),
+    Mutant(
+        "softplus is the identity above 2, not above 20", SCAN + "numba_math.py",
+        "return x if x > F(20)", "return x if x > F(2)",
+        AGREES + "test_every_length[numba-31]",
+    ),
+    Mutant(
+        "the last step of a tile is not written", SCAN + "numba_math.py",
+        "def store_tile(rows, w, quantity):\n    for t in range(rows.shape[1]):",
+        "def store_tile(rows, w, quantity):\n    for t in range(rows.shape[1] - 1):",
+        AGREES + "test_every_length[numba-33]",
+    ),
+    Mutant(
+        "every channel belongs to the first group", SCAN + "numba_math.py",
+        "group = d // (channels // matrix.shape[1])", "group = 0",
+        AGREES + "test_every_form_of_B_and_C[numba-grouped-grouped]",
+    ),
+    Mutant(
+        "every chunk is recomputed from the first state", SCAN + "numba_backward.py",
+        "states[b, chunk, at, n]", "states[b, 0, at, n]",
+        AGREES + "test_every_length[numba-65]",
+    ),
+    Mutant(
+        "ddelta without its term through the decay", SCAN + "numba_backward.py",
+        "+= g * decayed * v_n[A_N + j]", "+= F(0)",
+        AGREES + "test_every_length[numba-2]",
+    ),
+    Mutant(
+        "dB is not summed over the first channel of a block", SCAN + "numba_backward.py",
+        "sum_B += to_B", "sum_B += to_B if j else F(0)",
+        AGREES + "test_every_length[numba-1]",
+    ),
+    Mutant(
+        "the slope of SiLU has a wrong sign", SCAN + "numba_backward.py",
+        "(F(1) + x_t[Z + j] * (F(1) - s))", "(F(1) - x_t[Z + j] * (F(1) - s))",
+        AGREES + "test_every_length[numba-1]",
+    ),
+    Mutant(
+        "the gradient of the last state is dropped", SCAN + "numba_backward.py",
+        "F(0) if varlen else dlast[b, d + j, n]", "F(0)",
+        AGREES + "test_every_length[numba-1]",
+    ),
+    Mutant(
+        "the adjoint of a packed sequence flows into the one before it", SCAN + "numba_backward.py",
+        "if packed and end[t]:", "if packed and end[t] and row[t] >= 0:",
+        AGREES + "test_packed_rows[numba-5-False]",
+    ),
+    Mutant(
+        "an empty sequence loses its state", SCAN + "numba_scan.py",
+        "last = table.clone(memory_format=torch.contiguous_format)",
+        "last = torch.zeros_like(table, memory_format=torch.contiguous_format)",
+        AGREES + "test_packed_by_cumulative_lengths[numba-5-True]",
+    ),
+)  # fmt: skip
+
+TRITON = (
+    Mutant(
+        "a tile starts from zero, not from what the tile before it left", SCAN + "triton_forward.py",
+        "carry = tl.load(state_ptrs + n, mask=mask_d, other=0.0)",
+        "carry = tl.load(state_ptrs + n, mask=mask_d & (k == 0), other=0.0)",
+        PROPERTIES + "test_triton_scans_its_tiles[in turn-rows]",
+    ),
+    Mutant(
+        "the chain of tiles forgets their decay", SCAN + "triton_forward.py",
+        "h_next = tl.exp2(A2 * total) * h + local", "h_next = h + local",
+        PROPERTIES + "test_triton_scans_its_tiles[parallel-rows]",
+    ),
+    Mutant(
+        "the chain of tiles ignores where a sequence starts", SCAN + "triton_forward.py",
+        "tl.load(cut_ptr + b * tiles + k) != 0", "tl.load(cut_ptr + b * tiles + k) < 0",
+        PROPERTIES + "test_triton_scans_its_tiles[parallel-seq_idx]",
+    ),
+    Mutant(
+        "a tile hands on the adjoint of more than its first sequence", SCAN + "triton_forward.py",
+        "alive = mask & (tl.cumsum(end, axis=1) - end == 0)", "alive = mask",
+        PROPERTIES + "test_triton_scans_its_tiles[parallel-seq_idx]",
+    ),
+    Mutant(
+        "the end of a tile is taken before its last step", SCAN + "triton_forward.py",
+        "passed = tl.cumsum(Delta, axis=1, reverse=True) - Delta",
+        "passed = tl.cumsum(Delta, axis=1, reverse=True)",
+        PROPERTIES + "test_triton_scans_its_tiles[parallel-rows]",
+    ),
+    Mutant(
+        "the steps after the end of the sequence decay the state", SCAN + "triton_tiles.py",
+        "return tl.where(mask, Delta, 0.0), slope", "return Delta, slope",
+        AGREES + "test_every_length[triton-2]",
+    ),
+    Mutant(
+        "a state crosses the start of a packed sequence inside a tile", SCAN + "triton_tiles.py",
+        "h = tl.where(cut != 0, h, decay * carry[:, None] + h)", "h = decay * carry[:, None] + h",
+        PROPERTIES + "test_triton_scans_its_tiles[in turn-seq_idx]",
+    ),
+    Mutant(
+        "the adjoint leaves a packed sequence through its first token", SCAN + "triton_tiles.py",
+        "tl.where(cut, g1, g1 + m * g2)", "g1 + m * g2",
+        PROPERTIES + "test_triton_scans_its_tiles[in turn-seq_idx]",
+    ),
+    Mutant(
+        "the associative operator with its two steps swapped", SCAN + "triton_tiles.py",
+        "return a1 * a2, a2 * x1 + x2\n", "return a1 * a2, a1 * x2 + x1\n",
+        AGREES + "test_every_length[triton-2]",
+    ),
+    Mutant(
+        "softplus as log(1 + e^x) stands on paper", SCAN + "triton_tiles.py",
+        "tl.where(x > 0, x, 0.0) + 2 * s * p", "tl.log(1 + tl.exp(x))",
+        PROPERTIES + "test_small_steps_keep_their_digits[triton]",
+    ),
+    Mutant(
+        "the decayed state as the difference of two nearly equal numbers", SCAN + "triton_tiles.py",
+        "decayed = decay * carry[:, None] + decayed\n    return decayed",
+        "decayed = (decay * carry[:, None] + decayed + x) - x\n    return decayed",
+        PROPERTIES + "test_a_strong_decay_keeps_its_digits[triton]",
+    ),
+    Mutant(
+        "dB and dC of every group go to the first", SCAN + "triton_backward.py",
+        " + group * strides[2]", "",
+        AGREES + "test_every_form_of_B_and_C[triton-grouped-grouped]",
+    ),
+    Mutant(
+        "the gradient skips the gate", SCAN + "triton_backward.py",
+        "dy = dout * z * sigmoid(z)", "dy = dout",
+        AGREES + "test_every_length[triton-1]",
+    ),
+    Mutant(
+        "ddelta without the slope of softplus", SCAN + "triton_backward.py",
+        "ddelta = (ddelta + dBu * u) * slope", "ddelta = ddelta + dBu * u",
+        AGREES + "test_every_length[triton-1]",
+    ),
+)  # fmt: skip
+
+TORCH = (
+    Mutant(
+        "the state passes the start of a packed sequence", SCAN + "torch_scan.py",
+        "torch.where(reset[:, q], zero, a[:, q] * h[:, q - 1])", "a[:, q] * h[:, q - 1]",
+        AGREES + "test_packed_rows[torch-5-True]",
+    ),
+    Mutant(
+        "a chunk passes on one step of decay, not their product", SCAN + "torch_scan.py",
+        "decay[:, q] *= decay[:, q - 1]", "decay[:, q] *= 1",
+        AGREES + "test_every_length[torch-31]",
+    ),
+    Mutant(
+        "the adjoint of a complex decay is not conjugated", SCAN + "torch_scan.py",
+        "torch.zeros_like(a[:1])]).conj()", "torch.zeros_like(a[:1])])",
+        AGREES + "test_gradcheck_of_complex_A",
+    ),
+    Mutant(
+        "the adjoint crosses the start of a packed sequence", SCAN + "torch_scan.py",
+        "stop = torch.cat([reset[1:], torch.ones_like(reset[:1])])", "stop = torch.zeros_like(reset)",
+        AGREES + "test_packed_rows[torch-5-True]",
+    ),
+    Mutant(
+        "a sequence ends where it starts", SCAN + "torch_scan.py",
+        "change.roll(-1, 0)", "change.clone()",
+        AGREES + "test_packed_by_cumulative_lengths[torch-5-True]",
+    ),
+    Mutant(
+        "bfloat16 is computed in bfloat16", SCAN + "torch_scan.py",
+        "compute = torch.promote_types(u.dtype, torch.float32)", "compute = u.dtype",
+        AGREES + "test_half_precision[torch-dtype1]",
+    ),
+)  # fmt: skip
+
+SHARED = (
+    Mutant(
+        "cumulative lengths may fall", SCAN + "arguments.py",
+        " or edges != sorted(edges):", ":",
+        "mamba_fast/test_arguments.py::test_cu_seqlens_that_do_not_rise_from_0_to_L[edges2]",
+    ),
+    Mutant(
+        "the warning about a missing extra comes at every call", SCAN + "backends.py",
+        "_warned.add(choice.missing_extra)", "_warned.add(None)",
+        "mamba_fast/test_backends.py::test_one_warning_names_the_missing_extra",
+    ),
+)  # fmt: skip
+
+REFERENCE = (
+    Mutant(
+        "a packed row is cut one token late", "mamba_ref/packing.py",
+        "*(i for i in range(1, len(row))", "*(i + 1 for i in range(1, len(row))",
+        "mamba_ref/test_packing.py::test_seq_idx_clears_the_state_at_every_start",
+    ),
+    Mutant(
+        "ddelta by hand without its term through the decay", "mamba_ref/backward.py",
+        "(g * B_t * u_t + decayed * self.A).sum(-1)", "(g * B_t * u_t).sum(-1)",
+        "mamba_ref/test_backward.py::test_every_gradient_at_odd_sizes_and_chunks[2-6-5-3-2]",
+    ),
+    Mutant(
+        "the oracle reads the input one token late", "mamba_ref/selective_scan.py",
+        "u, delta = np.asarray(u, np.float64), np.asarray(delta, np.float64)",
+        "u, delta = np.roll(np.asarray(u, np.float64), 1, -1), np.asarray(delta, np.float64)",
+        "mamba_ref/test_selective_scan.py::test_oracle_gives_the_numbers_worked_out_by_hand",
+    ),
+    Mutant(
+        "the associative operator with its two steps swapped", "mamba_ref/parallel_scan.py",
+        "return a_1 * a_2, a_2 * b_1 + b_2\n", "return a_1 * a_2, a_1 * b_2 + b_1\n",
+        "mamba_ref/test_parallel_scan.py::test_all_algorithms_agree_with_exact_arithmetic",
+    ),
+    Mutant(
+        "a NaN passes as equal to anything", "mamba_ref/checks.py",
+        "(np.isnan(got) & np.isnan(want))", "np.isnan(got)",
+        "mamba_ref/test_checks.py::test_a_nan_or_infinity_on_one_side_never_passes[nan]",
+    ),
+    Mutant(
+        "a bound of infinity", "mamba_ref/checks.py",
+        "self.rel <= self.bound < np.inf", "self.rel <= self.bound",
+        "mamba_ref/test_checks.py::test_a_plain_result_with_a_nan_does_not_make_a_usable_bound",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*NUMBA, *TRITON, *TORCH, *SHARED, *REFERENCE)
+
+
+def table():
+    """Every mutant as one row of Markdown."""
+    head = "| what is broken | backend | file | caught by |\n|---|---|---|---|"
+    rows = [
+        f"| {m.name} | {m.backend} | `{Path(m.file).name}` | `{m.check.split('::')[1]}` |" for m in MUTANTS
+    ]
+    return "\n".join([head, *rows])
+
+
+if __name__ == "__main__":
+    print(table())
