@@ -111,6 +111,7 @@ def trace(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fal
     if delta_softplus:  # the identity above 20, as published
         delta = np.where(delta > 20, delta, np.log1p(np.exp(np.minimum(delta, 20))))
     B, C = (np.moveaxis(_per_channel_numpy(x, A.dtype, d_inner), 2, 3) for x in (B, C))
+    B, C = (np.broadcast_to(x, (x.shape[0], d_inner, *x.shape[2:])) for x in (B, C))
     gated = y if z is None else y * (z / (1 + np.exp(-z)))
     return Trace(u, delta, A, B, C, D, initial_state, states, y, gated)
 

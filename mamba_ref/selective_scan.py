@@ -32,7 +32,7 @@ def selective_scan_numpy(
     u, delta = np.asarray(u, np.float64), np.asarray(delta, np.float64)
     batch, d_inner, seqlen = u.shape
     A = np.asarray(A, np.complex128 if np.iscomplexobj(A) else np.float64)
-    B, C = (_per_channel_numpy(x, A.dtype, d_inner) for x in (B, C))  # (B or 1, D, N, L or 1)
+    B, C = (_per_channel_numpy(x, A.dtype, d_inner) for x in (B, C))  # (B or 1, D or 1, N, L or 1)
     if delta_bias is not None:
         delta = delta + np.asarray(delta_bias, np.float64)[:, None]
     if delta_softplus:
@@ -40,7 +40,7 @@ def selective_scan_numpy(
     h = np.zeros((batch, *A.shape), A.dtype) if initial_state is None else np.asarray(initial_state, A.dtype)
     y, states = np.empty_like(u), np.empty((batch, d_inner, seqlen, A.shape[1]), A.dtype)
     for t in range(seqlen):
-        B_t, C_t = (x[..., t if x.shape[-1] > 1 else 0] for x in (B, C))  # (B or 1, D, N)
+        B_t, C_t = (x[..., t if x.shape[-1] > 1 else 0] for x in (B, C))  # (B or 1, D or 1, N)
         A_bar = np.exp(delta[:, :, t, None] * A)  # (B, D, N)
         h = A_bar * h + (delta[:, :, t] * u[:, :, t])[..., None] * B_t
         y[:, :, t] = (C_t * h).sum(-1).real * (2 if np.iscomplexobj(A) else 1)
@@ -74,7 +74,7 @@ def selective_scan(
     batch, d_inner, seqlen = u.shape
     state_type = compute.to_complex() if A.is_complex() else compute
     A = A.to(state_type)
-    B, C = (_per_channel_torch(x, state_type, d_inner) for x in (B, C))  # (B or 1, D, N, L or 1)
+    B, C = (_per_channel_torch(x, state_type, d_inner) for x in (B, C))  # (B or 1, D or 1, N, L or 1)
     if delta_bias is not None:
         delta = delta + delta_bias.to(compute)[:, None]
     if delta_softplus:
@@ -100,21 +100,21 @@ def _steps(x, seqlen):
 
 
 def _per_channel_numpy(x, dtype, d_inner):
-    """B or C in any accepted form as (B or 1, D, N, L or 1): group g serves D / G channels."""
+    """B or C in any accepted form as (B or 1, D or 1, N, L or 1): group g serves D / G channels."""
     x = np.asarray(x)
     if x.ndim == 2:
         return x.astype(dtype)[None, :, :, None]
     if np.issubdtype(dtype, np.complexfloating):
         x = x[..., 0::2] + 1j * x[..., 1::2]
     x = x[:, None] if x.ndim == 3 else x
-    return np.repeat(x.astype(dtype), d_inner // x.shape[1], axis=1)
+    return x.astype(dtype) if x.shape[1] == 1 else np.repeat(x.astype(dtype), d_inner // x.shape[1], axis=1)
 
 
 def _per_channel_torch(x, dtype, d_inner):
-    """B or C in any accepted form as (B or 1, D, N, L or 1): group g serves D / G channels."""
+    """B or C in any accepted form as (B or 1, D or 1, N, L or 1): group g serves D / G channels."""
     if x.dim() == 2:
         return x.to(dtype)[None, :, :, None]
     if dtype.is_complex:
         x = torch.view_as_complex(x.to(dtype.to_real()).unflatten(-1, (-1, 2)).contiguous())
     x = x[:, None] if x.dim() == 3 else x
-    return x.to(dtype).repeat_interleave(d_inner // x.shape[1], dim=1)
+    return x.to(dtype) if x.shape[1] == 1 else x.to(dtype).repeat_interleave(d_inner // x.shape[1], dim=1)

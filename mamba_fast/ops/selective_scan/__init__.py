@@ -51,7 +51,7 @@ def selective_scan_fn(
     args = normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens)
     choice = backends.choose(u, A, backend)
     backends.warn_once_if_missing(choice)
-    if choice.name == "torch":
+    if choice.name == "torch" or u.numel() == 0:  # plain PyTorch knows every empty shape
         y, last_state = selective_scan_torch(*args)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
@@ -65,5 +65,7 @@ def explain_backend(u, delta=None, A=None, *args, backend=None, **kwargs):
     Takes the arguments of :func:`selective_scan_fn` (only u, A and backend matter). Returns a
     :class:`BackendChoice` that prints as text. Raises ValueError as the call itself would.
     """
+    if not isinstance(u, torch.Tensor):
+        raise TypeError(f"u: expected a torch.Tensor, got {type(u).__name__}")
     A = torch.empty(0, dtype=torch.float32) if A is None else A
     return backends.choose(u, A, backend)

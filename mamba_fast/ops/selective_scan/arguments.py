@@ -36,7 +36,8 @@ def normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
     if u.dim() != 3:
         raise ValueError(f"u: expected shape (B, D, L), got {tuple(u.shape)}")
     if u.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"u: expected float32, float16, bfloat16 or float64, got {u.dtype}")
+        got = str(u.dtype).removeprefix("torch.")
+        raise TypeError(f"u: expected float32, float16, bfloat16 or float64, got {got}")
     batch, d_inner, seqlen = u.shape
     wide = u.dtype == torch.float64
     reals = (torch.float32, torch.float64) if wide else (torch.float32,)
@@ -117,6 +118,10 @@ def _packing(u, seq_idx, cu_seqlens):
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens: needs a batch of 1 that holds every sequence, got a batch of {batch}")
+    if cu_seqlens.device not in (u.device, torch.device("cpu")):
+        raise ValueError(
+            f"cu_seqlens: expected device {u.device} (that of u) or cpu, got {cu_seqlens.device}"
+        )
     # The values are checked where they can be read without making the GPU wait.
     if cu_seqlens.device.type == "cpu":
         edges = cu_seqlens.tolist()

@@ -45,6 +45,8 @@ def choose(u, A, backend=None):
             raise ValueError(f"backend: {backend!r} cannot take this call: {obstacles[backend]}")
         others = {name: "another backend was asked for" for name in NAMES if name != backend}
         return BackendChoice(backend, "asked for by name", others)
+    if u.numel() == 0:  # plain PyTorch knows every empty shape
+        obstacles = {n: obstacles[n] or (None if n == "torch" else "there is nothing to scan") for n in NAMES}
     usable = [name for name in NAMES if obstacles[name] is None]
     name = _preferred(u.device, usable)
     others = {n: obstacles[n] or f"{name} comes first on {u.device.type}" for n in NAMES if n != name}
@@ -96,8 +98,6 @@ def _obstacle(name, device, u=None, A=None):
         return "its state is float32, and u is float64"
     if A is not None and A.is_complex():
         return "complex A runs on the torch backend alone"
-    if u is not None and u.numel() == 0:
-        return "there is nothing to scan"
     return None
 
 

@@ -16,26 +16,24 @@ from mamba_fast.ops.selective_scan.numba_math import (
     DECAY,
     DELTA,
     DELTA_U,
-    DOUT,
     DY,
     EXACT,
     H_PREV,
     LANES,
     LOG2E,
     ROW,
-    SLOPE,
     STATE,
-    U,
     F,
     H,
+    U,
     Y,
-    Z,
+    aligned,
     exp2,
     load_matrix,
     load_steps,
-    load_tile,
     sigmoid,
-    store_tile,
+    spread,
+    steps_of,
 )
 
 # Sums over the LANES channels may be taken in any order, which is what lets them become SIMD.
@@ -97,71 +95,75 @@ def _reverse(w, v, B_steps, C_steps, dB_steps, dC_steps, backwards, length,
 
 
 @njit(fastmath=EXACT, cache=True)
-def _load_chunk(w, u, delta, z, dy, bias, D, softplus_on, has_z):
-    """Everything of a chunk that does not depend on n; the accumulators start at zero, y at D u."""
-    load_steps(w, u, delta, bias, D, softplus_on)
-    load_tile(w, DOUT, dy)
-    if has_z:
-        load_tile(w, Z, z)
-    for t in range(u.shape[1]):
-        x_t = w[t]
+def _load_chunk(w, rows, u, delta, z, dy, where, bias, D, softplus_on, has_z):
+    """All of a chunk that does not depend on n. rows: scratch, dΔ/d(delta), d(y SiLU(z))/dz dy / y."""
+    length, scratch = where[4], rows[0]
+    load_steps(w, scratch, u, delta, where, bias, D, softplus_on)
+    for j in range(where[2]):
+        raw, out, gated = steps_of(delta, where, j), steps_of(dy, where, j), scratch[j]
+        slope, to_z = rows[1, j], rows[2, j]
         if softplus_on:
-            for j in range(LANES):
-                s = sigmoid(x_t[SLOPE + j])
-                x_t[SLOPE + j] = F(1) if x_t[SLOPE + j] > F(20) else s
+            for t in range(length):
+                slope[t] = sigmoid(raw[t] + bias[j])  # 1 from 17 on, so also above the threshold
         else:
-            for j in range(LANES):
-                x_t[SLOPE + j] = F(1)
+            slope[:] = F(1)
         if has_z:
-            for j in range(LANES):
-                x_t[DY + j] = x_t[DOUT + j] * x_t[Z + j] * sigmoid(x_t[Z + j])
+            gate = steps_of(z, where, j)
+            for t in range(length):
+                s = sigmoid(gate[t])
+                gated[t] = out[t] * (gate[t] * s)
+                to_z[t] = out[t] * s * (F(1) + gate[t] * (F(1) - s))
         else:
-            for j in range(LANES):
-                x_t[DY + j] = x_t[DOUT + j]
-        for j in range(LANES):
-            x_t[BY_DECAY + j], x_t[DBU + j] = F(0), F(0)
+            gated[:length] = out
+    spread(w, DY, scratch, where)
+    for t in range(length):
+        w[t, BY_DECAY : BY_DECAY + LANES] = F(0)
+        w[t, DBU : DBU + LANES] = F(0)
 
 
-@njit(fastmath=EXACT, cache=True)
-def _finish_chunk(w, D, has_z, du, ddelta, dz, dD, dbias):
+@njit(fastmath=SUMS, cache=True)
+def _finish_chunk(w, rows, D, where, has_z, du, ddelta, dz, dD, dbias):
     """Turn the sums over n into du, ddelta, dz and add this chunk's share to dD and ddelta_bias."""
-    for t in range(du.shape[1]):
+    length = where[4]
+    for t in range(length):
         x_t = w[t]
         for j in range(LANES):
-            step = (x_t[BY_DECAY + j] + x_t[DBU + j] * x_t[U + j]) * x_t[SLOPE + j]
-            x_t[BY_DECAY + j] = step
+            x_t[BY_DECAY + j] += x_t[DBU + j] * x_t[U + j]
             x_t[DBU + j] = x_t[DBU + j] * x_t[DELTA + j] + x_t[DY + j] * D[j]
             dD[j] += x_t[DY + j] * x_t[U + j]
-            dbias[j] += step
+    for j in range(where[2]):
+        to_u, to_delta, slope = steps_of(du, where, j), steps_of(ddelta, where, j), rows[1, j]
+        for t in range(length):
+            to_u[t] = w[t, DBU + j]
+            to_delta[t] = w[t, BY_DECAY + j] * slope[t]
+            dbias[j] += to_delta[t]
         if has_z:
-            for j in range(LANES):
-                s = sigmoid(x_t[Z + j])
-                x_t[DOUT + j] *= x_t[Y + j] * s * (F(1) + x_t[Z + j] * (F(1) - s))
-    store_tile(du, w, DBU)
-    store_tile(ddelta, w, BY_DECAY)
-    if has_z:
-        store_tile(dz, w, DOUT)
+            to_z, factor = steps_of(dz, where, j), rows[2, j]
+            for t in range(length):
+                to_z[t] = w[t, Y + j] * factor[t]
 
 
 @njit(parallel=True, fastmath=EXACT, cache=True)
-def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span, pieces,
-                  softplus_on, has_z, packed, varlen, B_constant, C_constant,
+def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span,
+                  pieces, softplus_on, has_z, packed, varlen, B_constant, C_constant,
                   du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable):  # fmt: skip
     """Fill every gradient; dB, dC are (B, spans, pieces, N, L): one slot a task, summed by the caller."""
     batch, channels, seqlen = u.shape
     d_state, spans, per_span = A.shape[1], channels // span, (span + LANES - 1) // LANES
     for task in prange(batch * spans * pieces):
         b, group, piece = task // (spans * pieces), task // pieces % spans, task % pieces
-        w, lanes = np.zeros((CHUNK, ROW), np.float32), np.zeros((5, LANES), np.float32)
-        skip, bias, h, dD_lanes, dbias_lanes = lanes
+        w, lanes = aligned(CHUNK, ROW), np.zeros((4, LANES), np.float32)
+        h = aligned(1, LANES)[0]
+        rows = np.zeros((3, LANES, CHUNK), np.float32)
+        skip, bias, dD_lanes, dbias_lanes = lanes[0], lanes[1], lanes[2], lanes[3]
         B_steps, C_steps = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
-        backwards = np.arange(CHUNK - 1, -1, -1)
+        backwards, dB_task, dC_task = np.arange(CHUNK - 1, -1, -1), dB[b, group, piece], dC[b, group, piece]
         for block in range(piece, per_span, pieces):
             d = group * span + block * LANES
             width = min(LANES, (group + 1) * span - d)
             at = slice(d, d + width)
-            v = np.zeros((d_state, STATE), np.float32)
-            lanes[:] = F(0)
+            v = aligned(d_state, STATE)
+            lanes[:], w[:], h[:] = F(0), F(0), F(0)  # lanes beyond `width` enter the sums over lanes
             skip[:width], bias[:width] = D[at], delta_bias[at]
             for n in range(d_state):
                 for j in range(width):
@@ -169,20 +171,19 @@ def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states,
                     v[n, H + j] = F(0) if varlen else dlast[b, d + j, n]
             for chunk in range((seqlen + CHUNK - 1) // CHUNK - 1, -1, -1):
                 t0 = chunk * CHUNK
-                here = slice(t0, min(t0 + CHUNK, seqlen))
-                length = here.stop - t0
+                length = min(CHUNK, seqlen - t0)
+                here, where = slice(t0, t0 + length), (b, d, width, t0, length)
                 edges = start[b, t0:], end[b, t0:], row[b, t0:]
-                _load_chunk(w, u[b, at, here], delta[b, at, here], z[b, at, here], dy[b, at, here],
-                            bias, skip, softplus_on, has_z)  # fmt: skip
+                _load_chunk(w, rows, u, delta, z, dy, where, bias, skip, softplus_on, has_z)
                 for n in range(d_state):
                     load_matrix(v[n], B_LANES, B_steps, B, B_constant, b, d, n, t0, length, channels)
                     load_matrix(v[n], C_LANES, C_steps, C, C_constant, b, d, n, t0, length, channels)
                     h[:width] = states[b, chunk, at, n]
                     _recompute(h, w, v, B_steps, length, packed, edges[0], edges[2], table, d, n, width)
-                    _reverse(w, v, B_steps, C_steps, dB[b, group, piece, n, here], dC[b, group, piece, n, here],
-                             backwards, length, packed, varlen, *edges, dlast, dtable, d, n, width)  # fmt: skip
-                _finish_chunk(w, skip, has_z, du[b, at, here], ddelta[b, at, here], dz[b, at, here],
-                              dD_lanes, dbias_lanes)  # fmt: skip
+                    _reverse(w, v, B_steps, C_steps, dB_task[n, here], dC_task[n, here],
+                             backwards, length, packed, varlen, *edges,
+                              dlast, dtable, d, n, width)  # fmt: skip
+                _finish_chunk(w, rows, skip, where, has_z, du, ddelta, dz, dD_lanes, dbias_lanes)
             dD[b, at], dbias[b, at] = dD_lanes[:width], dbias_lanes[:width]
             for n in range(d_state):
                 dA[b, at, n] = v[n, DA : DA + width]

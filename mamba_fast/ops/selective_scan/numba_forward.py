@@ -18,13 +18,12 @@ from mamba_fast.ops.selective_scan.numba_math import (
     F,
     H,
     Y,
-    Z,
+    aligned,
     exp2,
     load_matrix,
     load_steps,
-    load_tile,
     sigmoid,
-    store_tile,
+    steps_of,
 )
 
 
@@ -51,6 +50,21 @@ def _scan_chunk(w, v, B_steps, C_steps, length, packed, start, end, row, table, 
                 last[row[t], d + j, n] = v_n[H + j]
 
 
+@njit(fastmath=EXACT, cache=True)
+def _store_output(y, w, rows, z, where, has_z):
+    """y SiLU(z) of a chunk, or y where there is no gate."""
+    for j in range(where[2]):
+        out, gate = steps_of(y, where, j), rows[j]
+        if has_z:
+            raw = steps_of(z, where, j)
+            for t in range(where[4]):
+                gate[t] = raw[t] * sigmoid(raw[t])
+        else:
+            gate[:] = F(1)
+        for t in range(where[4]):
+            out[t] = w[t, Y + j] * gate[t]
+
+
 @njit(parallel=True, fastmath=EXACT, cache=True)
 def scan_forward(u, delta, A, B, C, D, z, delta_bias, table, start, end, row, span,
                  softplus_on, has_z, packed, varlen, B_constant, C_constant, keep,
@@ -68,8 +82,9 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, table, start, end, row, sp
         d = (block // per_span) * span + (block % per_span) * LANES
         width = min(LANES, (block // per_span + 1) * span - d)
         at = slice(d, d + width)
-        w, v = np.zeros((CHUNK, ROW), np.float32), np.zeros((d_state, STATE), np.float32)
-        bias, skip = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+        w, v = aligned(CHUNK, ROW), aligned(d_state, STATE)
+        rows, lanes = np.zeros((LANES, CHUNK), np.float32), np.zeros((2, LANES), np.float32)
+        bias, skip = lanes
         B_steps, C_steps = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
         bias[:width], skip[:width] = delta_bias[at], D[at]
         for n in range(d_state):
@@ -78,9 +93,9 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, table, start, end, row, sp
                 v[n, H + j] = F(0) if varlen else table[b, d + j, n]
         for chunk in range((seqlen + CHUNK - 1) // CHUNK):
             t0 = chunk * CHUNK
-            here = slice(t0, min(t0 + CHUNK, seqlen))
-            length = here.stop - t0
-            load_steps(w, u[b, at, here], delta[b, at, here], bias, skip, softplus_on)
+            length = min(CHUNK, seqlen - t0)
+            where = (b, d, width, t0, length)
+            load_steps(w, rows, u, delta, where, bias, skip, softplus_on)
             for n in range(d_state):
                 if keep:
                     states[b, chunk, at, n] = v[n, H : H + width]
@@ -88,13 +103,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, table, start, end, row, sp
                 load_matrix(v[n], C_LANES, C_steps, C, C_constant, b, d, n, t0, length, channels)
                 _scan_chunk(w, v, B_steps, C_steps, length, packed, start[b, t0:], end[b, t0:], row[b, t0:],
                             table, last, d, n, width)  # fmt: skip
-            if has_z:
-                load_tile(w, Z, z[b, at, here])
-                for t in range(length):
-                    x_t = w[t]
-                    for j in range(LANES):
-                        x_t[Y + j] *= x_t[Z + j] * sigmoid(x_t[Z + j])
-            store_tile(y[b, at, here], w, Y)
+            _store_output(y, w, rows, z, where, has_z)
         if not varlen:
             for n in range(d_state):
                 last[b, at, n] = v[n, H : H + width]

@@ -7,17 +7,19 @@ step, quantity Q of lane j at w[t, Q + j], and one array `v` (N, STATE) for what
 distances within a row are constants, so nothing has to be checked at run time.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-CHUNK = 32
+CHUNK = 64
 LANES = 16
 
-# Columns of w: Δ, dΔ/d(delta), u, Δu, dy before the gate, y, z, dout, Σ_n of what reaches Δ by the decay, Σ_n g B, A_bar, h_{t-1}
-DELTA, SLOPE, U, DELTA_U, DY, Y, Z, DOUT, BY_DECAY, DBU, DECAY, H_PREV = (i * LANES for i in range(12))
-ROW = 12 * LANES
-# Columns of v: the running state or flow, A (or A log2 e), B and C where they are constant in time, and three gradients
+# Columns of w: Δ, u, Δu, dy before the gate, y, what reaches ddelta by the decay, Σ_n g B, A_bar, h_{t-1}
+DELTA, U, DELTA_U, DY, Y, BY_DECAY, DBU, DECAY, H_PREV = (i * LANES for i in range(9))
+ROW = 9 * LANES
+# Columns of v: the running state or flow, A (or A log2 e), constant B and C, three gradients
 H, A_N, B_LANES, C_LANES, DA, DB, DC = (i * LANES for i in range(7))
 STATE = 7 * LANES
 
@@ -25,6 +27,18 @@ F = np.float32
 LOG2E = F(1.4426950408889634)
 # No reassociation and no assumption about NaN or infinity: only fused multiply-add.
 EXACT = {"contract"}
+
+
+def _drop_stale_kernels():
+    """numba caches a kernel by its own file alone: forget those older than a file they inline."""
+    folder = Path(__file__).parent
+    newest = max(source.stat().st_mtime for source in folder.glob("numba_*.py"))
+    for index in (folder / "__pycache__").glob("numba_*.nbi"):
+        if index.stat().st_mtime < newest:
+            index.unlink(missing_ok=True)
+
+
+_drop_stale_kernels()
 
 
 @intrinsic
@@ -55,7 +69,7 @@ def exp2(x):
     return p * _float_from_bits((np.int32(k) + np.int32(127)) << np.int32(23))
 
 
-@njit(fastmath=EXACT, cache=True)
+@njit(fastmath=EXACT, error_model="numpy", cache=True)  # no branch for a zero divisor
 def softplus(x):
     """log(1 + e^x) = max(x, 0) + 2 atanh(s), s = w / (2 + w), w = e^-|x|; the identity above 20.
 
@@ -75,41 +89,59 @@ def softplus(x):
     return x if x > F(20) else (x if x > F(0) else F(0)) + F(2) * s * p
 
 
-@njit(fastmath=EXACT, cache=True)
+@njit(fastmath=EXACT, error_model="numpy", cache=True)  # no branch for a zero divisor
 def sigmoid(x):
     return F(1) / (F(1) + exp2(-x * LOG2E))
 
 
-@njit(fastmath=EXACT, cache=True)
-def load_tile(w, quantity, rows):
-    """rows (channels, steps) of a (D, L) tensor into w, transposed."""
-    for t in range(rows.shape[1]):
-        for j in range(rows.shape[0]):
-            w[t, quantity + j] = rows[j, t]
+@njit(cache=True)
+def aligned(rows, columns):
+    """Zeros (rows, columns) from a cache line's edge: a vector of 16 floats must not straddle two lines."""
+    flat = np.zeros(rows * columns + LANES, np.float32)
+    first = (-flat.ctypes.data % 64) // 4
+    return flat[first : first + rows * columns].reshape(rows, columns)
 
 
 @njit(fastmath=EXACT, cache=True)
-def store_tile(rows, w, quantity):
-    for t in range(rows.shape[1]):
-        for j in range(rows.shape[0]):
-            rows[j, t] = w[t, quantity + j]
+def steps_of(x, where, j):
+    """Channel j of a chunk of x (B, D, L), as (length,); where = (b, first channel, channels, t0, length)."""
+    return x[where[0], where[1] + j][where[3] : where[3] + where[4]]
 
 
 @njit(fastmath=EXACT, cache=True)
-def load_steps(w, u, delta, bias, D, softplus_on):
-    """u, Δ = softplus(delta + delta_bias), Δu, and y, which starts as D u. SLOPE holds delta + delta_bias."""
-    load_tile(w, U, u)
-    load_tile(w, SLOPE, delta)
-    for t in range(u.shape[1]):
-        x_t = w[t]
-        for j in range(LANES):
-            x_t[SLOPE + j] += bias[j]
+def load_tile(w, quantity, x, where):
+    """A chunk of x (B, D, L) into w, transposed."""
+    for j in range(where[2]):
+        row = steps_of(x, where, j)
+        for t in range(where[4]):
+            w[t, quantity + j] = row[t]
+
+
+@njit(fastmath=EXACT, cache=True)
+def spread(w, quantity, rows, where):
+    """rows (LANES, CHUNK) into w, transposed."""
+    for j in range(where[2]):
+        row = rows[j]
+        for t in range(where[4]):
+            w[t, quantity + j] = row[t]
+
+
+@njit(fastmath=EXACT, cache=True)
+def load_steps(w, rows, u, delta, where, bias, D, softplus_on):
+    """u, Δ = softplus(delta + delta_bias), Δu, and y, which starts as D u."""
+    length = where[4]
+    for j in range(where[2]):
+        raw, Delta = steps_of(delta, where, j), rows[j]
         if softplus_on:
-            for j in range(LANES):
-                x_t[DELTA + j] = softplus(x_t[SLOPE + j])
+            for t in range(length):
+                Delta[t] = softplus(raw[t] + bias[j])
         else:
-            for j in range(LANES):
-                x_t[DELTA + j] = x_t[SLOPE + j]
+            for t in range(length):
+                Delta[t] = raw[t] + bias[j]
+    spread(w, DELTA, rows, where)
+    load_tile(w, U, u, where)
+    for t in range(length):
+        x_t = w[t]
         for j in range(LANES):
             x_t[DELTA_U + j] = x_t[DELTA + j] * x_t[U + j]
             x_t[Y + j] = D[j] * x_t[U + j]

@@ -35,7 +35,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
         _use_threads_of_torch()
         scan_forward(*inputs, *_edges(u, seq, varlen), _span(u, B, C), *flags, keep,
                      y.numpy(), last.numpy(), states.numpy())  # fmt: skip
-    return y.to(u.dtype), last, states
+    return _as(y, u), last, states
 
 
 def backward(
@@ -67,8 +67,8 @@ def backward(
         return steps.sum(2).unflatten(1, (v.shape[1], -1)).sum(2).to(v.dtype)
 
     return (
-        du.to(u.dtype), ddelta.to(u.dtype), dA.sum(0), matrix(B, dB, dB_constant), matrix(C, dC, dC_constant),
-        None if D is None else dD.sum(0), None if z is None else dz.to(u.dtype),
+        _as(du, u), _as(ddelta, delta), dA.sum(0), matrix(B, dB, dB_constant), matrix(C, dC, dC_constant),
+        None if D is None else dD.sum(0), None if z is None else _as(dz, z),
         None if delta_bias is None else dbias.sum(0), None if initial_state is None else dtable,
     )  # fmt: skip
 
@@ -82,6 +82,15 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias, table):
 
 def _array(tensor):
     return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+def _as(result, like):
+    """A float32 result in the type and the memory layout of the tensor it belongs to."""
+    return (
+        result
+        if result.dtype == like.dtype and like.is_contiguous()
+        else torch.empty_like(like).copy_(result)
+    )
 
 
 def _constant(v, u):

@@ -90,12 +90,17 @@ def selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, initial_state, seq
 def boundaries(u, seq, varlen):
     """Where states are reset, where they start from the table of initial states, where they end.
 
-    Returns reset (L, B, 1, 1) and, for starts and ends, index vectors (t, b, row of the table).
+    Returns reset (L, B or 1, 1, 1) and, for starts and ends, index vectors (t, b, row of the table).
     """
     batch, seqlen = u.shape[0], u.shape[2]
+    if seq is None:  # one sequence a row
+        row = torch.arange(batch, device=u.device)
+        reset = torch.zeros(seqlen, 1, 1, 1, dtype=torch.bool, device=u.device)
+        ends = (row[: batch if seqlen else 0],) * 2
+        zero = torch.zeros_like(ends[0])
+        return reset, (zero, *ends), (zero + (seqlen - 1), *ends)
     change = torch.zeros(seqlen, batch, dtype=torch.bool, device=u.device)
-    if seq is not None:
-        change[1:] = (seq[:, 1:] != seq[:, :-1]).T
+    change[1:] = (seq[:, 1:] != seq[:, :-1]).T
     first, last = change.clone(), change.roll(-1, 0)
     first[:1], last[-1:] = True, True
     if not varlen:
@@ -118,4 +123,5 @@ def _time_first(v, u, dtype):
 def _grouped(v, B, states=False):
     """Split the channels of v, (L, B, D) or (L, B, D, N), into (G, D / G) to meet B's groups."""
     v = v if states else v[..., None]
-    return v.unflatten(2, (B.shape[2], -1))
+    groups = B.shape[2]
+    return v.unflatten(2, (groups, v.shape[2] // groups if groups else 1))

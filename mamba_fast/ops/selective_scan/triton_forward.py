@@ -103,7 +103,7 @@ def tile_summary_kernel(
     total = tl.sum(Delta, axis=1)
     if REVERSE:
         passed = tl.cumsum(Delta, axis=1)  # Σ_{s<=t} Δ_s
-    else:  # Σ_{s>t} Δ_s, summed from its own end: ΣΔ minus the sum so far would lose the digits of the last steps
+    else:  # Σ_{s>t} Δ_s from its own end: ΣΔ minus the sum so far would lose the digits of the last steps
         passed = tl.cumsum(Delta, axis=1, reverse=True) - Delta
         x *= Delta
     start, end, row = load_edges(seq_ptr, b, seqlen, offs_l, mask_l, PACKED, VARLEN)

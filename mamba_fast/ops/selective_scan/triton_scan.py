@@ -69,7 +69,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     """y (B, D, L), last_state (rows, D, N), states (B, tiles, D, N) entering each tile."""
     (batch, channels, seqlen), N = u.shape, A.shape[1]
     plan = _plan(u, B, C)
-    table = None if initial_state is None else initial_state.contiguous()
+    D, delta_bias, table = (None if v is None else v.contiguous() for v in (D, delta_bias, initial_state))
     y = torch.empty_like(u)
     last = (
         A.new_zeros(rows, channels, N) if table is None else table.clone()
@@ -98,7 +98,7 @@ def backward(
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
     (_, channels, seqlen), N = u.shape, A.shape[1]
     plan = _plan(u, B, C)
-    table = None if initial_state is None else initial_state.contiguous()
+    D, delta_bias, table = (None if v is None else v.contiguous() for v in (D, delta_bias, initial_state))
     dlast = dlast.contiguous()
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     dA, dbias, dD = (

@@ -28,7 +28,7 @@ def sigmoid(x):
 
 @triton.jit
 def locate(channels, stretches, BLOCK_D: tl.constexpr):
-    """What this program works on: block of channels, stretch of tiles, batch element, channels and their mask.
+    """What this program works on: block of channels, stretch of tiles, batch element, channels, their mask.
 
     Blocks of channels come first, so that neighbouring programs read the same B and C.
     """
