@@ -1,7 +1,7 @@
 """The scan against its rivals: checked first, then timed, forward and backward.
 
-Rivals on a GPU: the published CUDA kernel, where `mamba_ssm` is installed. On a CPU: PyTorch's own
-higher-order scan, compiled.
+Rivals on a GPU: the published CUDA kernel, where `mamba_ssm` is installed. On a CPU: a plain loop,
+and PyTorch's own higher-order scan, compiled.
 """
 
 import functools
@@ -86,6 +86,7 @@ def rivals(device, peer):
         found["published"] = published.selective_scan_fn
     if device.type == "cpu":
         found["compiled higher-order scan"] = torch.compile(higher_order_scan, fullgraph=True)
+        found["loop in PyTorch"] = loop
     return found
 
 
@@ -103,6 +104,17 @@ def higher_order_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     along = (delta.permute(2, 0, 1), u.permute(2, 0, 1), B.permute(2, 0, 1), C.permute(2, 0, 1))
     _, y = scan(step, u.new_zeros(*u.shape[:2], A.shape[1]), along)
     return (y.permute(1, 2, 0) + D[:, None] * u) * torch.nn.functional.silu(z)
+
+
+def loop(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    """The recurrence as most people first write it. Indexing [..., t] makes its backward quadratic in L."""
+    delta = torch.nn.functional.softplus(delta + delta_bias[:, None])
+    h, ys = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        A_bar = torch.exp(delta[:, :, t, None] * A)
+        h = A_bar * h + (delta[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
+        ys.append((h * C[:, None, :, t]).sum(-1))
+    return (torch.stack(ys, -1) + D[:, None] * u) * torch.nn.functional.silu(z)
 
 
 def measure(function, tensors, device, backward=True):
