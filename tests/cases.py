@@ -54,21 +54,23 @@ def check_agrees(inputs, backend, dtype=torch.float32, device="cpu", packing=Non
     gradients. The bound is computed from the torch loop at `dtype` (mamba_ref.checks.bounds).
     """
     packing = packing or {}
-    given = at_precision(inputs, dtype)
-    exact = at_precision(given, torch.float64)
+    given = at_precision(at_precision(inputs, dtype), dtype, device)
+    exact = at_precision(given, torch.float64, device)
+    there = {k: v.to(device) for k, v in packing.items()}
     rows = len(packing["cu_seqlens"]) - 1 if "cu_seqlens" in packing else None
     weights = weights_of(given, rows)
-    truth = outcome(selective_scan, exact, weights, **packing)
+    truth = outcome(selective_scan, exact, weights, **there)
     oracle = selective_scan_numpy(
-        **in_numpy(exact), return_last_state=True, **{k: v.numpy() for k, v in packing.items()}
+        **in_numpy(at_precision(exact, torch.float64)),
+        return_last_state=True,
+        **{k: v.numpy() for k, v in packing.items()},
     )
     truth["y"], truth["last_state"] = oracle
-    plain = outcome(selective_scan, given, weights, **packing)
-    there = {k: v.to(device) for k, v in packing.items()}
+    plain = outcome(selective_scan, given, weights, **there)
     function = function or selective_scan_fn
-    got = outcome(function, at_precision(given, dtype, device), weights, backend=backend, **there)
+    got = outcome(function, given, weights, backend=backend, **there)
     limits = bounds(plain, truth)
     rows = [Row(name, *errors(got[name], truth[name]), limits[name]) for name in truth]
     assert all(row.ok for row in rows), "\n".join(str(row) for row in rows)
-    for name, value in outcome(selective_scan, given, **packing).items():
+    for name, value in plain.items():
         assert got[name].dtype == value.dtype, name

@@ -154,7 +154,7 @@ def a_windows_path(notebook, cell):
 
 @bad("no_machine_paths")
 def a_path_in_the_metadata(notebook, cell):
-    notebook["metadata"]["papermill"] = {"input_path": "/root/a.ipynb"}
+    notebook["metadata"]["papermill"] = {"input_path": "/home/me/a.ipynb"}
 
 
 @bad("file_size")
