@@ -1,7 +1,9 @@
 """The Triton kernels as a GPU gets them: compiled for real architectures at real block sizes, without one."""
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +34,22 @@ def test_every_kernel_compiles(rows, arch):
     assert wanted <= compiled
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_kernel_spills(rows, arch):
-    """A spilled register is a state that travels to memory and back at every step."""
-    spilled = [str(r) for r in rows if r["arch"] == arch and r["spilled"]]
-    assert spilled == [], "\n".join(spilled)
+def allowed():
+    """{(kernel, architecture): bytes a thread} in docs/kernels.md, for the installed Triton."""
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    page = (TESTS.parent / "docs" / "kernels.md").read_text("utf-8")
+    cells = re.findall(r"^\| ([\d.]+) \| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    table = {
+        (k, a): int(x) for v, k, *xs in cells if v == version for a, x in zip(ARCHITECTURES, xs, strict=True)
+    }
+    if not table:
+        pytest.skip(f"docs/kernels.md has no spills of Triton {version}: each brings its own compiler")
+    return table
+
+
+def test_no_kernel_spills_more_than_the_documentation_says(rows):
+    """A spilled register is a number that travels to local memory and back at every use."""
+    table = allowed()
+    assert table.keys() == {(r["kernel"], r["arch"]) for r in rows}
+    above = [str(r) for r in rows if r["spilled"] > table[r["kernel"], r["arch"]]]
+    assert above == [], "\n".join(above)

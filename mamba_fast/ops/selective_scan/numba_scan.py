@@ -5,7 +5,9 @@ and written once. The forward keeps the state at chunk starts only, B D N L / CH
 """
 
 import math
+import sys
 import threading
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -32,7 +34,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
     flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
     with _one_at_a_time:
-        _use_threads_of_torch()
+        _prepare("scan_forward")
         scan_forward(*inputs, *_edges(u, seq, varlen), _span(u, B, C), *flags, keep,
                      y.numpy(), last.numpy(), states.numpy())  # fmt: skip
     return _as(y, u), last, states
@@ -56,7 +58,7 @@ def backward(
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
     flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
     with _one_at_a_time:
-        _use_threads_of_torch()
+        _prepare("scan_backward")
         scan_backward(_array(dy), _array(dlast), *inputs, states.numpy(), *_edges(u, seq, varlen), span,
         pieces,
                       *flags, *(t.numpy() for t in outputs))  # fmt: skip
@@ -118,5 +120,13 @@ def _edges(u, seq, varlen):
     return start, end, row
 
 
-def _use_threads_of_torch():
+def _prepare(kernel):
+    """Use PyTorch's number of threads; say so on a terminal if the kernel is about to be compiled."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    cached = any((Path(__file__).parent / "__pycache__").glob(f"numba_*.{kernel}-*.nbi"))
+    if not cached and kernel not in _announced and sys.stderr.isatty():
+        print(f"mamba_fast: compiling {kernel} for this CPU, once, about ten seconds", file=sys.stderr)
+    _announced.add(kernel)
+
+
+_announced = set()
