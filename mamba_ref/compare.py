@@ -104,8 +104,8 @@ def load(target):
         if problem.name and (name + ".").startswith(problem.name + "."):
             raise UsageError(f"module {name!r} was not found") from None
         raise UsageError(f"module {name!r} cannot be imported: {problem}") from None
-    except ImportError as problem:
-        raise UsageError(f"module {name!r} cannot be imported: {problem}") from None
+    except Exception as problem:  # the module is anyone's code
+        raise UsageError(f"module {name!r} cannot be imported: {type(problem).__name__}: {problem}") from None
     try:
         function = operator.attrgetter(path)(module)
     except AttributeError:
@@ -190,7 +190,7 @@ def run_section(args, function, section, kept, bar):
         show(report.print_times, timing(args, section, candidate, inputs, rows, kept))
         say("the figure")
         path = report.draw(args, section, candidate, inputs, text, rows)
-    except Exception as error:  # the candidate is anyone's code: whatever it raises is a result
+    except (Exception, SystemExit) as error:  # the candidate is anyone's code: whatever it raises is a result
         show(traceback.print_exc)
         problem = f"raised {type(error).__name__}: {error}"
     show(print, f"  FAIL  {problem}\n" if problem else f"  figure  {path}\n")

@@ -13,8 +13,7 @@ from mamba_ref.packing import by_sequence
 
 def selective_scan_numpy(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-    return_last_state=False, *, initial_state=None, seq_idx=None, cu_seqlens=None,
-    return_states=False,
+    return_last_state=False, *, initial_state=None, seq_idx=None, cu_seqlens=None, return_states=False,
 ):  # fmt: skip
     """The oracle: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t, then y SiLU(z).
 

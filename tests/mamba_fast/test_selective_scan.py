@@ -47,6 +47,14 @@ def test_packed_rows(backend, device, d_inner, initial_state):
     check_agrees(inputs, backend, device=device, packing={"seq_idx": PACKED})
 
 
+def test_any_integers_mark_a_packed_row(backend, device):
+    inputs = at_precision(scan_inputs(6, 1, 5, 40, 2), torch.float32, device)
+    small = torch.tensor([[0] * 20 + [1] * 20], device=device)
+    large = torch.where(small == 1, 2**32, 0)  # equal in 32 bits
+    got, want = (outcome(selective_scan_fn, inputs, seq_idx=s, backend=backend) for s in (large, small))
+    assert torch.equal(got["y"], want["y"])
+
+
 @pytest.mark.parametrize("initial_state", [True, False])
 @pytest.mark.parametrize("d_inner", [5, 17])
 def test_packed_by_cumulative_lengths(backend, device, d_inner, initial_state):

@@ -63,7 +63,7 @@ def explain_backend(u, delta=None, A=None, *args, backend=None, **kwargs):
     """Which backend `selective_scan_fn` takes for these arguments, why, and why not the others.
 
     Takes the arguments of :func:`selective_scan_fn` (only u, A and backend matter). Returns a
-    :class:`BackendChoice` that prints as text. Raises ValueError as the call itself would.
+    :class:`BackendChoice` that prints as text. Raises ValueError where `backend` cannot take the call.
     """
     if not isinstance(u, torch.Tensor):
         raise TypeError(f"u: expected a torch.Tensor, got {type(u).__name__}")

@@ -91,9 +91,14 @@ def _input_matrix(name, value, A, u):
             f"{name}: expected (D, N) = ({d_inner}, {d_state}), (B, N, L) or (B, G, N, L), "
             f"got {tuple(value.shape)}"
         )
-    value = value[:, None] if value.dim() == 3 else value
-    groups = value.shape[1]
     length = 2 * seqlen if A.is_complex() else seqlen  # complex: interleaved re, im pairs
+    groups = value.shape[1] if value.dim() == 4 else 1
+    if (value.shape[0], *value.shape[-2:]) != (batch, d_state, length):
+        raise ValueError(
+            f"{name}: expected shape ({batch}, {d_state}, {length}) or ({batch}, G, {d_state}, {length}), "
+            f"with N = {d_state} from A, got {tuple(value.shape)}"
+        )
+    value = value[:, None] if value.dim() == 3 else value
     _like(name, value, u, (batch, groups, d_state, length), (u.dtype,))
     if groups == 0 or d_inner % groups:
         raise ValueError(f"{name}: the number of groups must divide D = {d_inner}, got G = {groups}")
@@ -107,7 +112,9 @@ def _packing(u, seq_idx, cu_seqlens):
         raise ValueError("seq_idx and cu_seqlens: give one of them, got both")
     if seq_idx is not None:
         _like("seq_idx", seq_idx, u, (batch, seqlen), (torch.int32, torch.int64))
-        return seq_idx.to(torch.int32).contiguous(), False, batch
+        change = torch.zeros_like(seq_idx, dtype=torch.int32, memory_format=torch.contiguous_format)
+        change[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        return change.cumsum(1, dtype=torch.int32), False, batch  # any integers, numbered anew
     if cu_seqlens is None:
         return None, False, batch
     _tensor("cu_seqlens", cu_seqlens)

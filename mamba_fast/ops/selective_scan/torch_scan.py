@@ -84,7 +84,8 @@ def selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, initial_state, seq
         y = y * F.silu(z.to(compute).permute(2, 0, 1))
     t, b, row = ends
     last = h.new_zeros(rows, *A.shape) if initial_state is None else initial_state.to(state_type)
-    return y.permute(1, 2, 0).to(u.dtype), last.index_put((row,), h[t, b])
+    y = y.permute(1, 2, 0).to(u.dtype)
+    return y.contiguous() if delta.is_contiguous() else y, last.index_put((row,), h[t, b])
 
 
 def boundaries(u, seq, varlen):
