@@ -60,6 +60,11 @@ def normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
     )  # fmt: skip
 
 
+def is_constant(v, u):
+    """Whether B or C, (B or 1, G, N, L or 1), does not move in time and has its own value a channel."""
+    return v.shape[0] == 1 and v.shape[1] == u.shape[1] and v.shape[3] == 1
+
+
 def _tensor(name, value):
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import torch
 
+from mamba_fast.ops.selective_scan.arguments import is_constant
 from mamba_fast.ops.selective_scan.numba_backward import scan_backward
 from mamba_fast.ops.selective_scan.numba_forward import scan_forward
 from mamba_fast.ops.selective_scan.numba_math import CHUNK, LANES
@@ -32,7 +33,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     last = table.clone(memory_format=torch.contiguous_format)  # an empty sequence keeps its state
     states = torch.empty(batch, chunks, *A.shape)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
-    flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
+    flags = (softplus, z is not None, seq is not None, varlen, is_constant(B, u), is_constant(C, u))
     with _one_at_a_time:
         _prepare("scan_forward")
         scan_forward(*inputs, *_edges(u, seq, varlen), _span(u, B, C), *flags, keep,
@@ -56,7 +57,7 @@ def backward(
     dtable = dlast.float().clone(memory_format=torch.contiguous_format)  # that of an empty sequence
     outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
-    flags = (softplus, z is not None, seq is not None, varlen, _constant(B, u), _constant(C, u))
+    flags = (softplus, z is not None, seq is not None, varlen, is_constant(B, u), is_constant(C, u))
     with _one_at_a_time:
         _prepare("scan_backward")
         scan_backward(_array(dy), _array(dlast), *inputs, states.numpy(), *_edges(u, seq, varlen), span,
@@ -64,7 +65,7 @@ def backward(
                       *flags, *(t.numpy() for t in outputs))  # fmt: skip
 
     def matrix(v, steps, constant):
-        if _constant(v, u):
+        if is_constant(v, u):
             return constant.sum(0)[None, :, :, None]
         return steps.sum(2).unflatten(1, (v.shape[1], -1)).sum(2).to(v.dtype)
 
@@ -95,14 +96,9 @@ def _as(result, like):
     )
 
 
-def _constant(v, u):
-    """Whether B or C, (B or 1, G, N, L or 1), does not move in time and has its own value a channel."""
-    return v.shape[0] == 1 and v.shape[1] == u.shape[1] and v.shape[3] == 1
-
-
 def _span(u, B, C):
     """The number of neighbouring channels that share their groups of B and of C."""
-    widths = [u.shape[1] // v.shape[1] for v in (B, C) if not _constant(v, u)]
+    widths = [u.shape[1] // v.shape[1] for v in (B, C) if not is_constant(v, u)]
     return math.gcd(*widths) if widths else u.shape[1]
 
 

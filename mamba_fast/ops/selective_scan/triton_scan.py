@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from mamba_fast.ops.selective_scan.arguments import is_constant
 from mamba_fast.ops.selective_scan.backends import interpreted
 from mamba_fast.ops.selective_scan.triton_backward import scan_backward_kernel
 from mamba_fast.ops.selective_scan.triton_forward import (
@@ -52,7 +53,7 @@ class _Plan(NamedTuple):
 
 def _plan(u, B, C):
     batch, channels, seqlen = u.shape
-    groups = [v.shape[1] for v in (B, C) if not _constant(v, u)]
+    groups = [v.shape[1] for v in (B, C) if not is_constant(v, u)]
     span = math.gcd(*(channels // g for g in groups)) if max(groups, default=1) > 1 else 0
     block_d = min(_BLOCK_D, triton.next_power_of_2(channels))
     while span % block_d:  # the channels of a program share their groups of B and C
@@ -108,7 +109,7 @@ def backward(
     )
     slots = plan.blocks if torch.are_deterministic_algorithms_enabled() else 1
     dB, dC = (
-        states.new_empty(states.shape) if _constant(v, u) else states.new_zeros(slots, *v.shape)
+        states.new_empty(states.shape) if is_constant(v, u) else states.new_zeros(slots, *v.shape)
         for v in (B, C)
     )
     dtable = dlast.clone()  # that of an empty sequence
@@ -132,7 +133,7 @@ def backward(
     )  # fmt: skip
 
     def matrix(v, grad):
-        return grad.sum((0, 1))[None, :, :, None] if _constant(v, u) else grad.sum(0).to(v.dtype)
+        return grad.sum((0, 1))[None, :, :, None] if is_constant(v, u) else grad.sum(0).to(v.dtype)
 
     return (
         du, ddelta, dA.sum((0, 1)), matrix(B, dB), matrix(C, dC), None if D is None else dD.sum((0, 1)), dz,
@@ -151,7 +152,7 @@ def _enter_tiles(plan, x, delta, A, M, gate, delta_bias, edge, table, seq, softp
         delta.stride(), A.stride(), x.stride(), _strides(gate), M.stride(), channels, seqlen, plan.tiles,
         channels // M.shape[1], N=N, HAS_BIAS=delta_bias is not None, HAS_GATE=gate is not None,
         HAS_TABLE=table is not None, SOFTPLUS=softplus, PACKED=seq is not None, VARLEN=varlen,
-        M_CONSTANT=_constant(M, x), REVERSE=reverse, BLOCK_D=plan.block_d, BLOCK_L=plan.block_l,
+        M_CONSTANT=is_constant(M, x), REVERSE=reverse, BLOCK_D=plan.block_d, BLOCK_L=plan.block_l,
         num_warps=_WARPS,
     )  # fmt: skip
     cut = None if seq is None else _cut(seq, varlen, reverse, plan)
@@ -177,14 +178,9 @@ def _switches(D, z, delta_bias, table, seq, softplus, varlen, B, C, u, N, plan):
     return {
         "N": N, "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None,
         "HAS_TABLE": table is not None, "SOFTPLUS": softplus, "PACKED": seq is not None, "VARLEN": varlen,
-        "B_CONSTANT": _constant(B, u), "C_CONSTANT": _constant(C, u), "BLOCK_D": plan.block_d,
+        "B_CONSTANT": is_constant(B, u), "C_CONSTANT": is_constant(C, u), "BLOCK_D": plan.block_d,
         "BLOCK_L": plan.block_l, "num_warps": _WARPS,
     }  # fmt: skip
-
-
-def _constant(v, u):
-    """Whether B or C, (B or 1, G, N, L or 1), does not move in time and has its own value a channel."""
-    return v.shape[0] == 1 and v.shape[1] == u.shape[1] and v.shape[3] == 1
 
 
 def _strides(tensor):
