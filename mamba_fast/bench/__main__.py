@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -52,8 +53,6 @@ def machine(device):
 
 
 def _version(package):
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:

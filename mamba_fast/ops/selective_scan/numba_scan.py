@@ -1,7 +1,7 @@
 """The selective scan as one fused loop on a CPU: exact float32 states, parallel over sequences and channels.
 
-Per LANES channels and CHUNK steps everything stays in the first-level cache; device memory is read
-and written once. The forward keeps the state at chunk starts only, B D N L / CHUNK numbers.
+Per LANES channels and CHUNK steps everything stays in a core's own caches; main memory is read and
+written once. The forward keeps the state at chunk starts only, B D N L / CHUNK numbers.
 """
 
 import math
