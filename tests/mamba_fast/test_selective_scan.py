@@ -132,6 +132,14 @@ def test_nan_stays_in_its_channel(backend, device):
     assert torch.equal(dirty["y"].nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+def test_nan_in_A_reaches_every_token_of_its_channel(backend, device):
+    inputs = at_precision(scan_inputs(14, 2, 5, 40, 2, initial_state=False), torch.float32, device)
+    inputs["A"][3, 0] = float("nan")
+    y = selective_scan_fn(**inputs, backend=backend)
+    assert y[:, 3].isnan().all()
+    assert y[:, [0, 1, 2, 4]].isfinite().all()
+
+
 def test_nan_stays_in_its_packed_sequence(backend, device):
     inputs = at_precision(scan_inputs(15, 2, 5, 70, 2), torch.float32, device)
     seq_idx = PACKED.to(device)

@@ -72,9 +72,9 @@ def selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, initial_state, seq
     a = torch.exp(delta_t[..., None] * A)  # (L, B, D, N)
     x = (_grouped((delta_t * u_t).to(state_type), B) * B).flatten(2, 3).expand_as(a)
     reset, starts, ends = boundaries(u, seq, varlen)
-    if initial_state is not None:
-        t, b, row = starts
-        x = x.index_put((t, b), a[t, b] * initial_state.to(state_type)[row], accumulate=True)
+    first = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state.to(state_type)
+    t, b, row = starts
+    x = x.index_put((t, b), a[t, b] * first[row], accumulate=True)  # also 0: a NaN in A reaches token 0
     h = _Recurrence.apply(a, x, reset)
     y = (_grouped(h, C, states=True) * C).flatten(2, 3).sum(-1)
     y = 2 * y.real if A.is_complex() else y
@@ -83,9 +83,8 @@ def selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, initial_state, seq
     if z is not None:
         y = y * F.silu(z.to(compute).permute(2, 0, 1))
     t, b, row = ends
-    last = h.new_zeros(rows, *A.shape) if initial_state is None else initial_state.to(state_type)
     y = y.permute(1, 2, 0).to(u.dtype)
-    return y.contiguous() if delta.is_contiguous() else y, last.index_put((row,), h[t, b])
+    return y.contiguous() if delta.is_contiguous() else y, first.index_put((row,), h[t, b])
 
 
 def boundaries(u, seq, varlen):
