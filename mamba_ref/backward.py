@@ -100,6 +100,7 @@ def backward_recompute(
         _, states = selective_scan_numpy(u_k, delta_k, A, B_k, C_k, None, None, delta_bias, delta_softplus,
                                          return_states=True, initial_state=enters)  # fmt: skip
         walk.back(span.start, states, enters)
+        del states  # the next chunk's are not made beside them
     return walk.gradients()
 
 

@@ -13,6 +13,7 @@ COLORS = {
     "h": "#009E73",  # state
     "decay": "#E69F00",  # A_bar = exp(delta A)
     "y": "#CC79A7",  # output
+    "g": "#882255",  # gradient: whatever flows backward
     "other": "#56B4E9",  # a second implementation, or a comparison
     "reference": "#000000",  # the reference, exact values, limits
 }

@@ -11,6 +11,11 @@ SEQLENS = (1, 2, 31, 33, 63, 64, 65, 100)
 FLOAT32 = ("A", "D", "delta_bias", "initial_state")  # whatever the type of the tokens
 
 
+def device_of(backend):
+    """Where a backend is tested: the GPU kernels on a GPU if there is one, everything else on the CPU."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
 def at_precision(inputs, dtype, device="cpu"):
     """Inputs in the types of the contract: tokens and variable B, C in `dtype`, the rest at least float32."""
     wide = torch.promote_types(dtype, torch.float32)

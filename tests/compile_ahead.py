@@ -2,12 +2,13 @@
 
     PYTHONPATH=.:tests TRITON_INTERPRET=0 python tests/compile_ahead.py 80 90 100
 
-calls the Triton backend as `selective_scan_fn` does, with every kernel launch replaced by a note of its
+calls the Triton rooms as the public functions do, with every kernel launch replaced by a note of its
 arguments. Each noted launch is then compiled as Triton would compile it on NVIDIA GPUs of these
 architectures (compute capability times 10). Prints one JSON object a kernel: registers and bytes
 spilled a thread, bytes of SRAM a program.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,11 +20,15 @@ import torch
 import triton
 from cases import at_precision
 from scan_inputs import scan_inputs
+from step_inputs import at_types, step_inputs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mamba_fast.ops.causal_conv1d import triton_conv
+from mamba_fast.ops.rms_norm import triton_norm
 from mamba_fast.ops.selective_scan import triton_scan
 from mamba_fast.ops.selective_scan.arguments import normalise
+from mamba_fast.ops.selective_state_update import triton_update
 
 KERNELS = ("scan_forward_kernel", "tile_summary_kernel", "chain_kernel", "scan_backward_kernel")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,19 +37,26 @@ PACKINGS = {
     "seq_idx": {"seq_idx": torch.arange(2000)[None] // 700},
     "cu_seqlens": {"cu_seqlens": torch.tensor([0, 700, 2000])},
 }
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int8: "i8"}
 ORDER = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
-def launches(dtype, packing, split):
-    """(kernel name, positional, keyword arguments) of a forward and a backward with every option on."""
+def noting(room, names):
+    """A list that fills with (kernel, positional, keyword arguments) of every launch in this room."""
     noted = []
-    for name in KERNELS:
+    for name in names:
+        kernel = getattr(room, name)
 
-        def run(*args, grid, warmup, name=name, **options):
-            noted.append((name, args, options))
+        def run(*args, grid, warmup, kernel=kernel, **options):
+            noted.append((kernel, args, options))
 
-        getattr(triton_scan, name).run = run
+        kernel.run = run
+    return noted
+
+
+def launches(dtype, packing, split):
+    """The launches of a forward and a backward of the scan with every option on."""
+    noted = noting(triton_scan, KERNELS)
     triton_scan._PROGRAMS_A_MULTIPROCESSOR = 10**9 if split else 0
     rows = len(packing["cu_seqlens"]) - 1 if "cu_seqlens" in packing else 1
     inputs = at_precision(scan_inputs(0, 1, 96, 2000, 16, B="grouped", C="grouped"), dtype)
@@ -52,7 +64,56 @@ def launches(dtype, packing, split):
     args = normalise(*(inputs[k] for k in ORDER), packing.get("seq_idx"), packing.get("cu_seqlens"))
     y, last, states = triton_scan.forward(*args, True)
     *tensors, state, seq, softplus, varlen, rows = args
-    triton_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state)
+    triton_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, False)
+    return noted
+
+
+def update_launches(dtype):
+    """One launch an update: a small and a large batch, rows of a cache, one decay a head, an N with gaps."""
+    noted = noting(triton_update, ("update_kernel",))
+    sizes = [(1, 0, 1536, 16), (64, 0, 1536, 16), (2, 8, 64, 128, 2), (3, 0, 100, 17), (2, 0, 64, 256)]
+    for i, size in enumerate(sizes):
+        for tied in (False, True):
+            k = at_types(step_inputs(*size, tied=tied), dtype, dtype)
+            softplus = k.pop("dt_softplus")
+            indices = torch.arange(size[0], dtype=torch.int32) if i % 2 else None
+            triton_update.update(*k.values(), softplus, indices)
+    return noted
+
+
+def norm_launches(dtype):
+    """Forward and backward of both norms, with a float32 residual, at widths of published models."""
+    noted = noting(triton_norm, ("norm_forward_kernel", "norm_backward_kernel", "sum_parts_kernel"))
+    for width in (768, 2560, 5120):
+        x, s, weight = (
+            torch.ones(64, width, dtype=dtype),
+            torch.ones(64, width),
+            torch.ones(width, dtype=dtype),
+        )
+        for rms, bias in ((True, None), (False, weight)):
+            y, s, mean, rstd = triton_norm.forward(x, weight, bias, s, 1e-5, s.dtype, rms, True, True)
+            triton_norm.backward(y, s, s, None, weight, bias, mean, rstd, dtype, s.dtype, rms)
+    return noted
+
+
+def conv_launches(dtype):
+    """Forward and backward of both layouts: as published and aligned; with every option, nothing aligned."""
+    noted = noting(triton_conv, [name for name in vars(triton_conv) if name.endswith("_kernel")])
+    for channels, seqlen, options in ((96, 2000, False), (97, 2001, True)):
+        rows, columns = (
+            torch.ones(2, channels, seqlen, dtype=dtype),
+            torch.ones(2, seqlen, channels, dtype=dtype),
+        )
+        weight, bias = torch.ones(channels, 4), torch.ones(channels)
+        seq_idx = torch.zeros(2, seqlen, dtype=torch.int32) if options else None
+        state = torch.ones(2, channels, 3, dtype=dtype) if options else None
+        for x in (rows, columns.transpose(1, 2)):
+            y, _ = triton_conv.forward(x, weight, bias, seq_idx, state, True, False)
+            triton_conv.backward(y, None, x, weight, bias, seq_idx, state, True)
+        index = torch.ones(2, dtype=torch.int32) if options else None
+        table = torch.ones(2, channels, 4, dtype=dtype)
+        triton_conv.update(rows[..., : 1 + options], table, weight, bias, True, index, index, -1)
+        triton_conv.varlen_states(columns[0], torch.ones(3, dtype=torch.int32), 4)
     return noted
 
 
@@ -66,12 +127,11 @@ def specialised(value, path, constants, attributes):
         return "constexpr"
     if (value.data_ptr() if tensor else value) % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
-    return f"*{TYPES[value.dtype]}" if tensor else "i32"
+    return f"*{TYPES[value.dtype]}" if tensor else "fp32" if isinstance(value, float) else "i32"
 
 
-def source(name, args, options):
+def source(kernel, args, options):
     """What the compiler is given for a launch, and the options that are no arguments of the kernel."""
-    kernel = getattr(triton_scan, name)
     options = dict(options)
     values = list(args) + [options.pop(p.name) for p in kernel.params[len(args) :]]
     signature, constants, attributes = {}, {}, {}
@@ -105,13 +165,22 @@ def cases(architectures):
                 yield from ((arch, dtype, packing, False) for packing in ("none", "seq_idx", "cu_seqlens"))
 
 
+def report(noted, arch, **label):
+    """Compile each different launch once and print what it needs."""
+    done = set()
+    for kernel, args, options in noted:
+        given, options = source(kernel, args, options)
+        if given.hash() not in done:
+            done.add(given.hash())
+            built = triton.compile(given, target=GPUTarget("cuda", arch, 32), options=options)
+            print(json.dumps({"arch": arch, "kernel": kernel.__name__} | label | resources(built)))
+
+
 if __name__ == "__main__":
-    for arch, dtype, packing, split in cases([int(a) for a in sys.argv[1:]]):
-        done = set()
-        for launch in launches(dtype, PACKINGS[packing], split):
-            given, options = source(*launch)
-            if given.hash() not in done:
-                done.add(given.hash())
-                built = triton.compile(given, target=GPUTarget("cuda", arch, 32), options=options)
-                label = {"arch": arch, "kernel": launch[0], "dtype": TYPES[dtype], "packing": packing}
-                print(json.dumps(label | {"split": split} | resources(built)))
+    architectures = [int(a) for a in sys.argv[1:]]
+    for arch, dtype, packing, split in cases(architectures):
+        noted = launches(dtype, PACKINGS[packing], split)
+        report(noted, arch, dtype=TYPES[dtype], packing=packing, split=split)
+    for arch, dtype in itertools.product(architectures, DTYPES):
+        noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype)
+        report(noted, arch, dtype=TYPES[dtype], packing="none")

@@ -2,9 +2,15 @@
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
+from cases import device_of
+from cuda_emulator import EmulatedKernel
+
+from mamba_fast import nvrtc
+from mamba_fast.ops.selective_scan import backends
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -15,6 +21,7 @@ with torch.device("meta"):  # torch lists its constructors at first use: before 
 _NEEDS = {
     "gpu": torch.cuda.is_available(),
     **{m: bool(importlib.util.find_spec(m)) for m in ("triton", "numba")},
+    "cuda": torch.cuda.is_available() or bool(shutil.which("g++")),  # without a GPU: emulated
 }
 
 
@@ -31,6 +38,7 @@ def pytest_collection_modifyitems(items):
         "torch",
         pytest.param("numba", marks=pytest.mark.numba),
         pytest.param("triton", marks=pytest.mark.triton),
+        pytest.param("cuda", marks=pytest.mark.cuda),
     ]
 )
 def backend(request):
@@ -40,8 +48,16 @@ def backend(request):
 
 @pytest.fixture
 def device(backend):
-    """Where this backend is tested: Triton on the GPU if there is one, everything else on the CPU."""
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    """Where this backend is tested: the GPU kernels on a GPU if there is one, everything else on the CPU."""
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def emulated_cuda(request, monkeypatch):
+    """Without a GPU the CUDA kernels run on the CPU, compiled by g++ against tests/emulated_machine.h."""
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        monkeypatch.setattr(nvrtc, "Kernel", EmulatedKernel)
+        monkeypatch.setattr(backends, "cuda_obstacle", lambda device: None)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,9 @@ from pathlib import Path
 SCAN = "mamba_fast/ops/selective_scan/"
 AGREES = "mamba_fast/test_selective_scan.py::"
 PROPERTIES = "mamba_fast/test_properties.py::"
+UPDATE, UPDATES = "mamba_fast/ops/selective_state_update/", "mamba_fast/test_selective_state_update.py::"
+NORM, NORMS = "mamba_fast/ops/rms_norm/", "mamba_fast/test_rms_norm.py::"
+CONV, CONVS = "mamba_fast/ops/causal_conv1d/", "mamba_fast/test_causal_conv1d.py::"
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,68 @@ REFERENCE = (
            "mamba_ref/test_checks.py::test_a_plain_result_with_a_nan_does_not_make_a_usable_bound"),
 )  # fmt: skip
 
-MUTANTS = (*NUMBA, *TRITON, *TORCH, *SHARED, *REFERENCE)
+STEP = (
+    Mutant("every head reads the B of the first group", UPDATE + "triton_update.py",
+           "_at(B_ptr, b, h // B_span, n, B_strides)", "_at(B_ptr, b, h * 0, n, B_strides)",
+           UPDATES + "test_every_size[triton-size6]"),
+    Mutant("y reads the state after it was rounded", UPDATE + "triton_update.py",
+           "y = tl.sum(state * C[:, None, :], axis=2)",
+           "y = tl.sum(state.to(state_ptr.dtype.element_ty).to(tl.float32) * C[:, None, :], axis=2)",
+           UPDATES + "test_the_state_keeps_its_type_and_y_has_that_of_x[triton-state1-io1]"),
+    Mutant("the state of the sequence is taken, not that of its index", UPDATE + "triton_update.py",
+           "_at(state_ptr, row, h, p, state_strides)", "_at(state_ptr, b, h, p, state_strides)",
+           UPDATES + "test_rows_of_a_larger_cache[triton-size0-dtype0]"),
+    Mutant("a step size of a channel's own passes as shared by the head", UPDATE + "triton_update.py",
+           "A.stride(-2) == dt.stride(-1) == 0", "A.stride(-2) == 0",
+           UPDATES + "test_a_step_size_of_its_own_beside_a_shared_decay[triton]"),
+    Mutant("a padded row writes the first state", UPDATE + "torch_update.py",
+           "state[row[live]] = h[live].to(state.dtype)", "state[row] = h.to(state.dtype)",
+           UPDATES + "test_a_negative_index_is_padding[torch-0]"),
+)  # fmt: skip
+
+SUM_AND_NORM = (
+    Mutant("the mean over the tile, not over the row", NORM + "triton_norm.py",
+           "tl.sum(s * s, axis=1) / WIDTH", "tl.sum(s * s, axis=1) / BLOCK",
+           NORMS + "test_every_size[triton-shape3-True]"),
+    Mutant("the gradient of a layer norm without its mean", NORM + "triton_norm.py",
+           "dx -= (tl.sum(g, axis=1) / WIDTH)[:, None]", "dx -= 0.0",
+           NORMS + "test_every_size[triton-shape3-False]"),
+    Mutant("the gradient of the sum does not reach x", NORM + "triton_norm.py",
+           "dx += _tile_of(ds_ptr", "dx += 0 * _tile_of(ds_ptr",
+           NORMS + "test_a_gradient_of_the_sum_alone[triton]"),
+    Mutant("what the last program found for dweight is lost", NORM + "triton_norm.py",
+           "mask = (rows < programs)[:, None]", "mask = (rows < programs - 1)[:, None]",
+           NORMS + "test_triton_cuts_rows_in_any_way[13-2-3]"),
+    Mutant("the norm reads the sum after it was rounded", NORM + "torch_norm.py",
+           "centred = s if rms", "s = s.to(sum_dtype).to(compute)\n    centred = s if rms",
+           NORMS + "test_the_norm_reads_the_sum_before_it_is_rounded[torch]"),
+)  # fmt: skip
+
+CONVOLUTION = (
+    Mutant("a group of steps is taken for the one before it", CONV + "triton_forward.py",
+           "offs_l - STEPS, mask_d", "offs_l, mask_d",
+           CONVS + "test_every_length[triton-33-rows]"),
+    Mutant("the initial states from the newest to the oldest", CONV + "triton_steps.py",
+           "+ k * strides[2]", "+ (WIDTH - 2 - k) * strides[2]",
+           CONVS + "test_every_length[triton-2-rows]"),
+    Mutant("the taps reach into the packed sequence before", CONV + "triton_steps.py",
+           "x = tl.where(reach >= j, x, 0.0)", "x = tl.where(reach >= 0, x, 0.0)",
+           CONVS + "test_packed_rows[triton-4-True-columns]"),
+    Mutant("a walk writes dx of the steps before its own", CONV + "triton_backward.py",
+           "own = (to >= end[0])", "own = (to >= 0)",
+           CONVS + "test_every_length[triton-65-columns]"),
+    Mutant("the last share of dweight is lost", CONV + "triton_backward.py",
+           "mask = (p + rows < parts)", "mask = (p + rows < parts - 1)",
+           CONVS + "test_every_length[triton-2-rows]"),
+    Mutant("a token goes into the slot after its own", CONV + "triton_update.py",
+           "(head + i) % STATE", "(head + i + 1) % STATE",
+           CONVS + "test_token_by_token_is_the_whole[triton-4-4-parts0-True]"),
+    Mutant("a sequence goes on after another one between", CONV + "torch_conv.py",
+           "same = same & (padded", "same = (padded",
+           CONVS + "test_packed_rows_that_are_shorter_than_the_taps[torch]"),
+)  # fmt: skip
+
+MUTANTS = (*NUMBA, *TRITON, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *REFERENCE)
 
 
 def table():

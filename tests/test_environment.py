@@ -25,7 +25,7 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
 CLASSIFIER = re.compile(r"Programming Language :: Python :: (3\.\d+)")
 PYTHONS = [m[1] for m in map(CLASSIFIER.fullmatch, PROJECT["classifiers"]) if m]
-CARD = {"torch", "triton", "numpy", "jupyterlab", "matplotlib", "einops", "nbval", "pytest"}
+CARD = {"torch", "triton", "cuda-core", "numpy", "jupyterlab", "matplotlib", "einops", "nbval", "pytest"}
 IMPORT_NAMES = {"pyyaml": "yaml", "cuda-core": "cuda", "lm-eval": "lm_eval", "pytest-xdist": "xdist"}
 
 
@@ -105,18 +105,20 @@ def test_constraints_pin_nothing_else():
 @pytest.mark.parametrize(
     ("platform", "machine", "wanted"),
     [
-        ("linux", "x86_64", True),
-        ("linux", "aarch64", True),
-        ("linux", "riscv64", False),
-        ("darwin", "arm64", False),
-        ("win32", "AMD64", False),
+        ("linux", "x86_64", {"triton", "cuda-core"}),
+        ("linux", "aarch64", {"triton", "cuda-core"}),
+        ("linux", "riscv64", set()),
+        ("darwin", "arm64", set()),
+        ("darwin", "x86_64", set()),
+        ("win32", "AMD64", {"cuda-core"}),
+        ("win32", "ARM64", set()),
     ],
 )
-def test_triton_is_asked_for_where_it_exists(platform, machine, wanted):
-    rows = [r for r in requirements(*PROJECT["optional-dependencies"]) if r.name == "triton"]
-    assert rows
-    for row in rows:
-        assert row.marker.evaluate({"sys_platform": platform, "platform_machine": machine}) is wanted
+@pytest.mark.parametrize("extra", ["triton", "cuda", "cuda12"])
+def test_gpu_libraries_are_asked_for_where_they_exist(platform, machine, wanted, extra):
+    (row,) = map(Requirement, PROJECT["optional-dependencies"][extra])
+    asked = row.marker.evaluate({"sys_platform": platform, "platform_machine": machine})
+    assert asked is (row.name in wanted)
 
 
 def test_plain_install_asks_for_what_every_platform_has():

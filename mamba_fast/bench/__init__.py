@@ -1,1 +1,1 @@
-"""Measured speed, published only beside its checks: ``python -m mamba_fast.bench scan``."""
+"""Measured speed, published only beside its checks: ``python -m mamba_fast.bench NAME``."""

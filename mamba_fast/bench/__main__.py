@@ -1,62 +1,57 @@
-"""python -m mamba_fast.bench scan [--device cuda|cpu] [--peer] [--backend NAME] [--out FILE]"""
+"""Check, time, print a table, write docs/results/NAME-DEVICE.json and draw its figure beside it."""
 
 import argparse
-import datetime
-import json
-import platform
+import importlib
 import re
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from pathlib import Path
 
 import torch
 
-from mamba_fast.bench import scan
+from mamba_fast.bench import figure, report
+from mamba_fast.bench.checks import CheckFailed
+from mamba_fast.bench.measure import run
 
-BENCHES = {"scan": scan}
+NAMES = ("scan", "attention", "conv", "update", "norm", "inner")
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m mamba_fast.bench", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peer", action="store_true", help="time the published kernel too (needs mamba_ssm)")
-    parser.add_argument("--backend", help="time this backend alone")
-    parser.add_argument("--out", type=Path, help="default: docs/results/NAME-DEVICE.json")
-    options = parser.parse_args()
+def main(arguments=None):
+    options = parse(arguments)
+    name = f"{options.name}-grid" if options.grid else options.name
+    bench = importlib.import_module(f"mamba_fast.bench.{name.replace('-', '_')}")
     device = torch.device(options.device)
-    bench = BENCHES[options.name]
-    rows = bench.run(device, options.peer, options.backend)
-    facts = machine(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    out = options.out or Path("docs/results") / f"{options.name}-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"checks": "passed", "rows": rows}, indent=1) + "\n")
-    print(bench.report(rows))
-    print(f"{facts['device']}, {facts['date']}, torch {facts['torch']}; checks passed; written to {out}")
-
-
-def machine(device):
-    """Device, date, versions and commit, so that a number can be traced."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else f"cpu {torch.get_num_threads()} threads",
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-        **{name: _version(name) for name in ("triton", "numba", "mamba_ssm")},
-    }
-
-
-def _version(package):
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        speeds, rows = run(bench.cases(device, options.peer, options.backend), device)
+    except CheckFailed as error:
+        sys.exit(f"{error}: nothing is written")
+    facts = report.machine(device)
+    findings = getattr(bench, "findings", report.against_peer)(rows)
+    result = {"bench": name} | facts | speeds | {"checks": "passed", "findings": findings, "rows": rows}
+    result = report.rounded(result)
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    out = options.out or Path("docs/results") / f"{name}-{slug}.json"
+    report.write(result, out)
+    picture = options.figure or out.with_suffix(".png")
+    figure.draw(result, picture)
+    print(report.table(result["rows"]))
+    print(*findings, sep="\n")
+    print(f"{facts['device']}, {facts['date']}, torch {facts['torch']}; a copy moves", end=" ")
+    print(f"{speeds['copy_bytes_per_s'] / 1e9:.0f} GB/s; checks passed; written to {out} and {picture}")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="python -m mamba_fast.bench", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peer", action="store_true", help="time the published kernel too, on a GPU")
+    parser.add_argument("--backend", help="time this backend of ours alone")
+    parser.add_argument("--grid", action="store_true", help="scan: many shapes and lengths, not the table's")
+    parser.add_argument("--out", type=Path, help="default: docs/results/NAME-DEVICE.json")
+    parser.add_argument("--figure", type=Path, help="default: beside the JSON file")
+    options = parser.parse_args(arguments)
+    if options.grid and options.name != "scan":
+        parser.error("--grid: only scan has a grid")
+    return options
 
 
 if __name__ == "__main__":

@@ -182,12 +182,12 @@ def test_both_packings_at_once():
     refuse(ValueError, "seq_idx and cu_seqlens", "got both", "give one of them", **one_row(**packings))
 
 
-@pytest.mark.parametrize("backend", ["cuda", "Torch", "", 1])
+@pytest.mark.parametrize("backend", ["CUDA", "Torch", "", 1])
 def test_an_unknown_backend(backend):
-    refuse(ValueError, "backend", f"got {backend!r}", "None or one of torch, numba, triton", backend=backend)
+    refuse(ValueError, "backend", f"got {backend!r}", "None or one of torch, numba, triton, cuda", backend=backend)
 
 
-FUSED = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("numba", "triton")]
+FUSED = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("numba", "triton", "cuda")]
 
 
 @pytest.mark.parametrize("fused", FUSED)
@@ -232,5 +232,5 @@ except ValueError as error:
 
 
 def test_explain_backend_refuses_what_the_call_refuses():
-    with pytest.raises(ValueError, match=r"^backend: expected None or one of .* got 'cuda'"):
-        explain_backend(ones(1, 2, 3), backend="cuda")
+    with pytest.raises(ValueError, match=r"^backend: expected None or one of .* got 'CUDA'"):
+        explain_backend(ones(1, 2, 3), backend="CUDA")

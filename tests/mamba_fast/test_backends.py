@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from cases import at_precision
+from cases import at_precision, device_of
 from scan_inputs import scan_inputs
 
 from mamba_fast import available_backends, explain_backend, selective_scan_fn
@@ -46,7 +46,7 @@ def test_the_choice_names_the_backend_the_reason_and_every_other():
     assert set(choice.others) == set(backends.NAMES) - {"numba"}
     lines = str(choice).splitlines()
     assert lines[0] == "numba: real input on a CPU, and numba is installed"
-    assert sorted(line.split(":")[0] for line in lines[1:]) == ["  not torch", "  not triton"]
+    assert sorted(line.split(":")[0] for line in lines[1:]) == ["  not cuda", "  not torch", "  not triton"]
     assert all(len(line.split(": ", 1)[1]) > 10 for line in lines)
 
 
@@ -96,9 +96,9 @@ def test_a_gpu_is_asked_for_without_one_being_touched():
 
 @pytest.mark.gpu
 @pytest.mark.triton
-def test_triton_comes_first_on_a_gpu():
+def test_the_cuda_kernels_come_first_on_a_gpu():
     choice = explain_backend(**at_precision(scan_inputs(1), torch.float32, "cuda"))
-    assert (choice.name, available_backends()[0]) == ("triton", "triton")
+    assert (choice.name, available_backends()[0]) == ("cuda", "cuda")
     assert choice.others["numba"].startswith("it runs on a CPU, and u is on cuda")
 
 
@@ -177,11 +177,11 @@ def test_importing_the_package_imports_neither_triton_nor_numba():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "fused", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("numba", "triton")]
+    "fused", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("numba", "triton", "cuda")]
 )
 def test_the_operator_keeps_the_strides_that_it_promises_to_the_compiler(fused, dtype):
     """Of a channel-last input: torch.compile plans memory from what the fake operator says."""
-    device = "cuda" if fused == "triton" and torch.cuda.is_available() else "cpu"
+    device = device_of(fused)
     inputs = at_precision(scan_inputs(2, 2, 3, 9, 2), dtype, device)
     for name in ("u", "delta", "z", "B", "C"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
@@ -189,5 +189,5 @@ def test_the_operator_keeps_the_strides_that_it_promises_to_the_compiler(fused, 
     args = normalise(*inputs.values(), softplus, state, None, None)
     args = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args]
     torch.library.opcheck(
-        scan, (*args, True, fused), test_utils=["test_faketensor", "test_aot_dispatch_dynamic"]
+        scan, (*args, False, True, fused), test_utils=["test_faketensor", "test_aot_dispatch_dynamic"]
     )

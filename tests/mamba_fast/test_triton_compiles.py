@@ -31,6 +31,15 @@ def test_every_kernel_compiles(rows, arch):
     compiled = {(r["kernel"], r["dtype"], r["packing"]) for r in rows if r["arch"] == arch}
     kernels = ("scan_forward_kernel", "tile_summary_kernel", "chain_kernel", "scan_backward_kernel")
     wanted = {(k, t, p) for k in kernels for t in ("fp32", "bf16") for p in ("none", "cu_seqlens")}
+    kernels = ("update_kernel", "norm_forward_kernel", "norm_backward_kernel", "sum_parts_kernel")
+    kernels += ("conv_rows_kernel", "conv_columns_kernel", "conv_rows_backward_kernel", "reach_kernel")
+    kernels += (
+        "conv_columns_backward_kernel",
+        "conv_parts_kernel",
+        "conv_update_kernel",
+        "conv_states_kernel",
+    )
+    wanted |= {(k, t, "none") for k in kernels for t in ("fp32", "bf16")}
     assert wanted <= compiled
 
 
@@ -48,8 +57,11 @@ def allowed():
 
 
 def test_no_kernel_spills_more_than_the_documentation_says(rows):
-    """A spilled register is a number that travels to local memory and back at every use."""
+    """A spilled register is a number that travels to local memory and back at every use.
+
+    A kernel that the table does not name spills nothing.
+    """
     table = allowed()
-    assert table.keys() == {(r["kernel"], r["arch"]) for r in rows}
-    above = [str(r) for r in rows if r["spilled"] > table[r["kernel"], r["arch"]]]
+    assert table.keys() <= {(r["kernel"], r["arch"]) for r in rows}
+    above = [str(r) for r in rows if r["spilled"] > table.get((r["kernel"], r["arch"]), 0)]
     assert above == [], "\n".join(above)

@@ -4,7 +4,7 @@ import torch
 
 from mamba_fast.ops.selective_scan import backends
 from mamba_fast.ops.selective_scan.arguments import normalise
-from mamba_fast.ops.selective_scan.registration import scan
+from mamba_fast.ops.selective_scan.registration import fused_scan
 from mamba_fast.ops.selective_scan.torch_scan import selective_scan_torch
 
 __all__ = ["explain_backend", "selective_scan_fn"]
@@ -12,7 +12,8 @@ __all__ = ["explain_backend", "selective_scan_fn"]
 
 def selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-    return_last_state=False, *, initial_state=None, seq_idx=None, cu_seqlens=None, backend=None,
+    return_last_state=False, *, initial_state=None, seq_idx=None, cu_seqlens=None, deterministic=None,
+    backend=None,
 ):  # fmt: skip
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t h_t + D u_t, then y SiLU(z) (Algorithm 2, lines 3-6).
 
@@ -31,7 +32,10 @@ def selective_scan_fn(
     cu_seqlens : (S + 1,) integers on a batch of one; sequence k holds tokens cu_seqlens[k] to
         cu_seqlens[k + 1]. initial_state and last_state are (S, D, N). An empty sequence keeps its
         state. Values are checked when the tensor lives on the CPU.
-    backend : None (see :func:`explain_backend`), "torch", "numba" or "triton"
+    deterministic : gradients have the same bits in every run; None: only where
+        ``torch.use_deterministic_algorithms`` asks for it. The GPU backends then add up what dB and dC
+        get from the channels in a fixed order, in more memory.
+    backend : None (see :func:`explain_backend`), "torch", "numba", "triton" or "cuda"
 
     Returns
     -------
@@ -55,7 +59,7 @@ def selective_scan_fn(
         y, last_state = selective_scan_torch(*args)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
-        y, last_state, _ = scan(*args, keep, choice.name)
+        y, last_state = fused_scan(args, bool(deterministic), keep, choice.name)
     return (y, last_state) if return_last_state else y
 
 

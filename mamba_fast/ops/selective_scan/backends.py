@@ -1,5 +1,6 @@
 """Which backend a call takes, and why."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -7,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-NAMES = ("torch", "numba", "triton")
+from mamba_fast import nvrtc
+
+NAMES = ("torch", "numba", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def available_backends(device=None):
     The first one is what ``backend=None`` takes for real input of at most 32 bits.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    usable = [name for name in ("triton", "numba", "torch") if _obstacle(name, device) is None]
+    usable = [name for name in ("cuda", "triton", "numba", "torch") if _obstacle(name, device) is None]
     first = _preferred(device, usable)
     return [first, *(name for name in usable if name != first)]
 
@@ -58,23 +61,31 @@ def warn_once_if_missing(choice):
     if choice.missing_extra and choice.missing_extra not in _warned:
         _warned.add(choice.missing_extra)
         warnings.warn(
-            f"selective_scan runs on the {choice.name} backend, which is slow: install the extra "
-            f"'{choice.missing_extra}' (pip install 'mamba-fast[{choice.missing_extra}]') for the fused one",
+            f"selective_scan runs on the {choice.name} backend, which is slower than it could be: "
+            f"pip install 'mamba-fast[{choice.missing_extra}]' brings the fastest one",
             stacklevel=3,
         )
 
 
+MAX_STATES = 256  # of the cuda backend: what fits in shared memory
 _warned = set()
+_EXTRAS = {"numba": "cpu", "triton": "triton", "cuda": "cuda"}
+_LIBRARIES = {"cuda": "cuda-core"}
 _REASONS = {
     "torch": "plain PyTorch takes every device and type",
     "numba": "real input on a CPU, and numba is installed",
     "triton": "real input on a GPU, and triton is installed",
+    "cuda": "real input on an NVIDIA GPU of compute capability 8.0 or later, and cuda-core is installed",
 }
 
 
-def _installed(module):
+@functools.cache
+def _installed(name):
+    """Whether the library of a backend can be imported."""
+    if name == "cuda":
+        return nvrtc.available()
     try:
-        return importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(name) is not None
     except ValueError:  # a module blocked by sys.modules[name] = None
         return False
 
@@ -88,8 +99,10 @@ def _obstacle(name, device, u=None, A=None):
     """Why this backend can't run here, or None."""
     if name == "torch":
         return None
+    if name == "cuda" and (reason := cuda_obstacle(device)):
+        return reason
     if not _installed(name):
-        return f"{name} is not installed (extra '{'cpu' if name == 'numba' else 'triton'}')"
+        return f"{_LIBRARIES.get(name, name)} is not installed (extra '{_EXTRAS[name]}')"
     if name == "numba" and device.type != "cpu":
         return f"it runs on a CPU, and u is on {device}"
     if name == "triton" and device.type != "cuda" and not interpreted():
@@ -98,17 +111,39 @@ def _obstacle(name, device, u=None, A=None):
         return "its state is float32, and u is float64"
     if A is not None and A.is_complex():
         return "complex A runs on the torch backend alone"
+    if name == "cuda" and A is not None and A.dim() == 2 and A.shape[1] > MAX_STATES:
+        return f"it holds at most {MAX_STATES} states a channel, and A has {A.shape[1]}"
     return None
 
 
+def cuda_obstacle(device):
+    """Why the kernels of the cuda backend cannot run on this device, or None."""
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, and u is on {device}"
+    if torch.version.hip or not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU that torch can use"
+    found = _capability(device.index if device.index is not None else torch.cuda.current_device())
+    return None if found >= (8, 0) else f"it needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+
+
+@functools.cache
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
 def _preferred(device, usable):
-    order = ("triton", "torch") if device.type == "cuda" else ("numba", "torch")
+    order = ("cuda", "triton", "torch") if device.type == "cuda" else ("numba", "torch")
     return next(name for name in order if name in usable)
 
 
 def _missing_extra(name, u, A):
-    """The extra whose absence is the only reason for plain PyTorch, if so."""
-    if name != "torch" or u.dtype == torch.float64 or A.is_complex() or u.numel() == 0:
+    """The extra that would bring a faster backend for this call, where nothing else stands against it."""
+    if u.dtype == torch.float64 or A.is_complex() or u.numel() == 0:
         return None
-    wanted = {"cpu": ("numba", "cpu"), "cuda": ("triton", "triton")}.get(u.device.type)
-    return wanted[1] if wanted and not _installed(wanted[0]) else None
+    faster = {"cpu": ("numba",), "cuda": ("cuda", "triton")}.get(u.device.type, ())
+    for wanted in faster:
+        if wanted == name:
+            return None
+        if not _installed(wanted) and (wanted != "cuda" or cuda_obstacle(u.device) is None):
+            return _EXTRAS[wanted]
+    return None

@@ -42,9 +42,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 
 def backward(
-    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
 ):
-    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
+    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
+
+    The order of the additions never varies: `ordered` changes nothing.
+    """
     (batch, d_inner, seqlen), d_state = u.shape, A.shape[1]
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
     span = _span(u, B, C)

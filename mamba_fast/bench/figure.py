@@ -1,0 +1,153 @@
+"""One figure for every result, drawn from its JSON alone. A kernel has one colour in all of them."""
+
+import math
+from pathlib import Path
+
+COLORS = {
+    "cuda": "#009E73",
+    "triton": "#0072B2",
+    "mamba_inner_fn": "#009E73",
+    "numba": "#0072B2",
+    "torch": "#56B4E9",
+    "published": "#D55E00",
+    "SDPA flash": "#CC79A7",
+    "SDPA cuDNN": "#882255",
+    "op by op": "#56B4E9",
+    "compiled higher-order scan": "#E69F00",
+    "loop in PyTorch": "#882255",
+}
+LIMIT = "#000000"
+TITLES = {
+    "scan": "Selective scan: time over the limit of the machine",
+    "conv": "Causal convolution: time over the limit of the machine",
+    "update": "Selective state update: time over the limit of the machine",
+    "norm": "Residual sum and norm: time over the limit of the machine",
+    "inner": "The block as one op: time over the limit of the scan and of memory",
+    "attention": "Forward pass, width 1024, batch 1",
+    "scan-grid": "Selective scan over shapes",
+}
+
+
+def draw(result, path):
+    """Write the figure of `result` (as in its JSON file) to `path`."""
+    import matplotlib.pyplot as plt
+
+    kinds = {"attention": _lengths, "scan-grid": _grid}
+    style = Path(__file__).parents[2] / "notebooks" / "style.mplstyle"
+    with plt.style.context(style if style.exists() else "default"):
+        figure = kinds.get(result["bench"], _limits)(plt, result)
+        title = f"{TITLES[result['bench']]}. {result['device']}, {result['date']}"
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _limits(plt, result):
+    """A line a case, a dot a kernel: how many times the limit it takes."""
+    rows = result["rows"]
+    directions = [d for d in ("forward", "backward") if any(d in row for row in rows)]
+    types = {row["dtype"] for row in rows}
+    cases = list(dict.fromkeys(_label(row, types) for row in rows))
+    size = (5.2 * len(directions) + 1.6, 1.5 + 0.3 * len(cases))
+    figure, axes = plt.subplots(1, len(directions), figsize=size, sharey=True, squeeze=False)
+    for ax, direction in zip(axes[0], directions, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            mine = [row for row in rows if row["name"] == name and direction in row]
+            times = [row[direction]["median"] / row[f"{direction}_limit"] for row in mine]
+            places = [cases.index(_label(row, types)) for row in mine]
+            ax.plot(times, places, "o", color=COLORS[name], label=name, ms=6)
+        ax.axvline(1, color=LIMIT, lw=1.2)
+        _log_axis(ax, "x")
+        ax.set(xlabel="time / limit", title=f"{direction} (the black line is the limit)")
+    axes[0, 0].set_yticks(range(len(cases)), cases)
+    axes[0, 0].set_ylim(len(cases) - 0.5, -0.5)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def _label(row, types):
+    return row["case"] if len(types) == 1 else f"{row['case']}, {row['dtype']}"
+
+
+def _legend(figure, ax):
+    handles, names = ax.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+
+
+def _lengths(plt, result):
+    """Time over length, a curve a kernel, named at its end."""
+    figure, ax = plt.subplots(figsize=(7.6, 4.4))
+    ends = []
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        points = [
+            (row["shape"][2], row["forward"]["median"]) for row in result["rows"] if row["name"] == name
+        ]
+        ax.plot(*zip(*points, strict=True), "o-", color=COLORS[name], ms=4)
+        ends.append((points[-1], name))
+    _name_ends(ax, ends)
+    ax.set(xlabel="length L (tokens)", ylabel="time (ms)")
+    _log_axis(ax, "x", 2)
+    _log_axis(ax, "y")
+    return figure
+
+
+def _log_axis(ax, which, base=10):
+    """A logarithmic axis whose ticks are written as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    getattr(ax, f"set_{which}scale")("log", base=base)
+    axis = getattr(ax, f"{which}axis")
+    low, high = getattr(ax, f"get_{which}lim")()
+    few = base == 10 and high < 300 * low
+    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,), numticks=20))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: _tokens(value) if base == 2 else f"{value:g}")
+
+
+def _tokens(value):
+    """512, 2k (2048), 1M."""
+    power = 0 if value < 2**10 else 1 if value < 2**20 else 2
+    return f"{value / 1024**power:g}{('', 'k', 'M')[power]}"
+
+
+def _name_ends(ax, ends, apart=1.45):
+    """Names beside the last points of curves on a logarithmic axis, kept `apart` by that factor."""
+    floor = 0
+    for (x, y), name in sorted(ends, key=lambda end: end[0][1]):
+        floor = max(y, floor * apart)
+        offset = 28 * math.log(floor / y)
+        at = {"xytext": (8, offset), "textcoords": "offset points"}
+        text = name if name.startswith("SDPA") else f"scan, {name}"
+        ax.annotate(text, (x, y), **at, color=COLORS[name], va="center", annotation_clip=False)
+    ax.margins(x=0.05)
+
+
+def _grid(plt, result):
+    """Ratio to the published kernel, where it was timed, by size; time of an element by length."""
+    from mamba_fast.bench.scan_grid import along_length, nanoseconds, ratios
+
+    rows = result["rows"]
+    directions = ("forward", "backward") if any(row["role"] == "peer" for row in rows) else ()
+    widths = [1] * len(directions) + [1.3]
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(4 * sum(widths), 3.8), width_ratios=widths, squeeze=False
+    )
+    *scatters, curves = axes[0]
+    lead = next(row["name"] for row in rows if row["role"] == "ours")
+    for ax, direction in zip(scatters, directions, strict=True):
+        ax.plot(*zip(*ratios(rows, direction), strict=True), "o", color=COLORS[lead], ms=4, alpha=0.7)
+        ax.axhline(1, color=COLORS["published"], lw=1.2)
+        ax.set(xscale="log", xlabel="batch x d_inner x length")
+        ax.set_title(f"{direction}: published time / {lead}'s")
+        ax.set_ylim(bottom=0)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        for direction, line in (("forward", "o-"), ("backward", "o--")):
+            mine = along_length(rows, name)
+            times = [1e3 * nanoseconds(row, direction) for row in mine]
+            lengths = [row["shape"][2] for row in mine]
+            curves.plot(lengths, times, line, color=COLORS[name], ms=3, label=f"{name} {direction}")
+    curves.set(ylabel="time per element (ps)", xlabel="length L (tokens)", title="batch 1, d_inner 1536")
+    _log_axis(curves, "x", 2)
+    _log_axis(curves, "y")
+    _legend(figure, curves)
+    return figure

@@ -1,0 +1,90 @@
+"""The kernels of decoding: a few tokens through the shift register, and registers cut out of packed rows."""
+
+import triton
+import triton.language as tl
+
+from mamba_fast.ops.causal_conv1d.triton_steps import activate, convolve, load_weight
+
+
+@triton.jit
+def conv_update_kernel(
+    x_ptr, state_ptr, weight_ptr, bias_ptr, lengths_ptr, indices_ptr, y_ptr, x_strides, state_strides,
+    weight_strides, y_strides, channels, tokens, blocks, pad_slot_id,
+    WIDTH: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CIRCULAR: tl.constexpr, INDEXED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """`tokens` steps of BLOCK_D channels of one sequence; conv_state is (entries, D, STATE)."""
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    offs_d = (pid % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < channels
+    entry, alive, head = b, mask_d, 0
+    if INDEXED:
+        entry = tl.load(indices_ptr + b).to(tl.int64)
+        alive = mask_d & ((entry >= 0) & (entry != pad_slot_id))
+    if CIRCULAR:
+        head = (tl.load(lengths_ptr + b) % STATE).to(tl.int32)
+    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, WIDTH, HAS_BIAS)
+    state_at = state_ptr + entry * state_strides[0] + offs_d[:, None] * state_strides[1]
+    past = ()
+    for k in tl.static_range(WIDTH - 1):
+        at = state_at + (head + STATE - WIDTH + 1 + k) % STATE * state_strides[2]
+        past += (tl.load(at, mask=alive[:, None], other=0.0).to(tl.float32),)
+    if not CIRCULAR:
+        s = tl.arange(0, BLOCK_S)[None, :]
+        kept = alive[:, None] & (s + tokens < STATE)
+        state = tl.load(state_at + (s + tokens) * state_strides[2], mask=kept, other=0.0)
+        tl.debug_barrier()  # another thread may read what this one overwrites
+        tl.store(state_at + s * state_strides[2], state, mask=kept)
+    x_at = x_ptr + b * x_strides[0] + offs_d[:, None] * x_strides[1]
+    y_at = y_ptr + b * y_strides[0] + offs_d[:, None] * y_strides[1]
+    for i in range(tokens):
+        x = tl.load(x_at + tl.cast(i, tl.int64) * x_strides[2], mask=alive[:, None], other=0.0)
+        slot = STATE - tokens + i  # negative: a later token takes the place of this one
+        at = state_at + ((head + i) % STATE if CIRCULAR else slot) * state_strides[2]
+        tl.store(at, x, mask=alive[:, None] & (slot >= 0))
+        past += (x.to(tl.float32),)
+        y = activate(convolve(past, 0, taps, bias, None, WIDTH, False), None, SILU, False)
+        y = tl.where(alive[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_at + tl.cast(i, tl.int64) * y_strides[2], y, mask=mask_d[:, None])
+        past = past[1:]
+
+
+@triton.jit
+def conv_states_kernel(
+    x_ptr, cu_seqlens_ptr, states_ptr, x_strides, states_strides, channels, state_len, blocks,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The last state_len tokens of one packed sequence, at the end of its row; zeros before them."""
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    offs_d = (pid % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    for s0 in range(0, state_len, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        mask = (offs_d < channels)[:, None] & (s < state_len)[None, :]
+        token = (end - state_len + s)[None, :]
+        at = x_ptr + token * x_strides[0] + offs_d[:, None] * x_strides[1]
+        x = tl.load(at, mask=mask & (token >= first), other=0.0)
+        at = states_ptr + row * states_strides[0] + offs_d[:, None] * states_strides[1]
+        tl.store(at + s[None, :] * states_strides[2], x, mask=mask)
+
+
+@triton.jit
+def reach_kernel(seq_ptr, reach_ptr, strides, seqlen, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the WIDTH - 1 steps before a step are of its sequence; -1 where it is padding.
+
+    What comes before the row counts as its first sequence: the initial states, or zeros.
+    """
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    t = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = seq_ptr + b * strides[0]
+    here = tl.load(row + t * strides[1], mask=t < seqlen, other=0)
+    reach, same = tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), 1, tl.int32)
+    for j in tl.static_range(1, WIDTH):
+        before = tl.load(row + tl.maximum(t - j, 0) * strides[1], mask=t < seqlen, other=0)
+        same = same & (before == here).to(tl.int32)
+        reach += same
+    tl.store(reach_ptr + b * seqlen + t, tl.where(here < 0, -1, reach).to(tl.int8), mask=t < seqlen)

@@ -1,0 +1,126 @@
+"""How a call is cut for the CUDA kernels: a table of sizes, no search."""
+
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mamba_fast.ops.selective_scan.arguments import is_constant
+
+CHUNK = 128  # tokens between saved states, as in cuda_tiles.cuh
+WARPS = 4
+_FOLDER = Path(__file__).parent
+_SHARED = ("cuda_machine.cuh", "cuda_tiles.cuh")
+SOURCES = {
+    "scan_forward": [_FOLDER / name for name in (*_SHARED, "cuda_forward.cu")],
+    "scan_backward": [_FOLDER / name for name in (*_SHARED, "cuda_backward.cu", "cuda_backward_block.cu")],
+    "scan_summary": [_FOLDER / name for name in (*_SHARED, "cuda_summary.cu")],
+}
+SOURCES["scan_chain"] = SOURCES["scan_summary"]
+_IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_WARPS_A_MULTIPROCESSOR = 8  # with fewer in a call the sequence is cut into stretches
+
+
+class Cut(NamedTuple):
+    """One kernel's share of the work: `lanes` lanes of `steps` tokens a channel in a warp's tile."""
+
+    lanes: int
+    steps: int
+    stage: int  # numbers of B (and of C) in shared memory at a time
+    min_blocks: int  # blocks a multiprocessor holds at least: bounds the registers
+    unroll: int
+    stretch: int  # tokens a block walks over
+    stretches: int
+    span: int  # channels that share their groups of B and C
+    blocks: int  # blocks along the channels
+
+    @property
+    def tile(self):
+        return self.lanes * self.steps
+
+    @property
+    def block_d(self):
+        return 32 // self.lanes * WARPS
+
+
+@functools.cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def spans(u, B, C):
+    """Channels that share a group of B, of C and of both."""
+    channels = u.shape[1]
+    one = [channels if is_constant(v, u) else channels // v.shape[1] for v in (B, C)]
+    return (*one, math.gcd(*one))
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_forward(batch, channels, seqlen, span, device):
+    """Many channels: few lanes each, so that B and C serve several channels and the scan over lanes is short."""
+    rows, short = batch * channels, seqlen <= 256
+    lanes = 8 if rows >= 8192 or short else 16 if rows >= 3072 or seqlen <= 512 else 32
+    return _cut(lanes, 16, 2048, 4 if lanes == 8 else 3, 4, batch, channels, seqlen, span, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_backward(batch, channels, seqlen, span, device):
+    lanes = 16 if batch * channels >= 4096 or seqlen <= 256 else 32
+    return _cut(lanes, 8, 1024, 4, 1, batch, channels, seqlen, span, device)
+
+
+def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device):
+    block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
+    blocks = channels // span * -(-span // block_d)
+    wanted = -(-_WARPS_A_MULTIPROCESSOR * multiprocessors(device) // (batch * blocks * WARPS))
+    stretches = min(wanted, seqlen // (4 * tile)) if wanted > 1 else 1
+    stretch = -(-seqlen // max(stretches, 1))
+    stretch = -(-stretch // tile) * tile
+    return Cut(
+        lanes, steps, stage, min_blocks, unroll, stretch, -(-seqlen // stretch), span, blocks
+    )  # fmt: skip
+
+
+def shared_bytes(entry, cut, defines):
+    """Bytes of shared memory of a block; the layouts stand in the kernels' `lay_out`."""
+    n, size = defines["N"], 4 if defines["IO"] == 0 else 2
+    threads, channels, wide = 32 * WARPS, 32 // cut.lanes, 16 // size
+    staged = min(max(cut.stage // cut.tile, 1), n)
+    matrix = staged * cut.tile * 4
+    passes = -(-staged // (threads // (cut.tile // wide)))
+    raw, slots = passes * threads * 16, 32 * (cut.steps // wide) * WARPS * 16
+    row = n + (channels > 1)
+    if entry == "scan_forward":
+        return 4 * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
+    if entry == "scan_summary":
+        return 2 * matrix + cut.block_d * row * 8
+    parts = 2 * WARPS * 2 * (cut.steps // 4) * 32 * 16
+    constants = 8 * cut.block_d * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
+    inputs = (3 + defines["HAS_Z"]) * slots
+    return 4 * matrix + 2 * raw + inputs + parts + cut.block_d * (16 * row + 4 * n) + constants
+
+
+def defines(cut, u, A, B, C, z, seq, softplus, varlen, keep=False, reverse=False, wide=(True, True, True)):
+    """The macros that make a kernel from its source. wide: may the rows, B and C be read 16 bytes at a time?"""
+    return {
+        "IO": _IO[u.dtype], "N": A.shape[1], "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
+        "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
+        "WIDE_ROWS": int(wide[0]), "WIDE_B": int(wide[1]), "WIDE_C": int(wide[2]),
+        "HAS_Z": int(z is not None), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
+        "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(seq is not None), "VARLEN": int(varlen),
+        "KEEP": int(keep), "REVERSE": int(reverse),
+    }  # fmt: skip
+
+
+def is_wide(*tensors):
+    """Whether every (..., L) tensor can be read in aligned pieces of 16 bytes along its last axis."""
+    for t in tensors:
+        if t is None:
+            continue
+        *outer, last = t.stride()
+        pieces = 16 // t.element_size()
+        if last != 1 or t.data_ptr() % 16 or any(s % pieces for s in outer):
+            return False
+    return True

@@ -1,0 +1,187 @@
+// How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
+// tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
+// MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP come
+// from cuda_scan.py.
+struct Params {
+  const io_t *u, *delta, *B, *C, *z, *dy;
+  const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;
+  const int* seq;
+  io_t *y, *du, *ddelta, *dz;
+  float *last, *states, *local, *total, *dA, *dB, *dC, *dD, *dbias, *dfirst, *dtable;
+  int64 u_b, u_d, u_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, dy_b, dy_d, dy_l, y_b, y_d, y_l;
+  int64 du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l;
+  int64 A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, dB_slot, dC_slot;
+  int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
+  int ordered;
+};
+
+constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
+constexpr int WIDE = 16 / sizeof(io_t), PARTS = STEPS / WIDE, QUADS = STEPS / 4;  // 16-byte pieces, float4s of a lane
+constexpr int WIDTH = LANES * PARTS, SLOTS = 32 * PARTS;  // 16-byte pieces of a warp's row, of its tile
+constexpr int CHUNK = 128;                                // tokens between saved states
+constexpr int STAGED = STAGE / TILE < N ? (STAGE / TILE > 0 ? STAGE / TILE : 1) : N;  // rows of B and C in SRAM at a time
+constexpr int ROW = TILE / 4, MATRIX = STAGED * ROW;      // float4s of a row, of the staged rows of B or C
+constexpr int ROW_PARTS = TILE / WIDE;                    // 16-byte pieces of a row
+constexpr int ROWS_A_PASS = THREADS / ROW_PARTS, ROW_PASSES = (STAGED + ROWS_A_PASS - 1) / ROWS_A_PASS;
+constexpr int RAW = ROW_PASSES * THREADS;                 // 16-byte pieces of B or C on their way
+constexpr int ROW_A = N + (CHANNELS > 1);                 // padded: the channels of a warp read different banks
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Where a thread works.
+struct Place {
+  int lane, warp, j, c, b, stretch, d_block, local, d, rows;  // rows: channels of this warp that exist
+  bool here;                                                  // this lane's channel exists
+};
+
+__device__ __forceinline__ Place find_place(const Params& p, int block, int pass) {
+  Place w;
+  w.lane = threadIdx.x % 32;
+  w.warp = threadIdx.x / 32;
+  w.j = w.lane / CHANNELS;
+  w.c = w.lane % CHANNELS;
+  int group = block % p.blocks * p.passes + pass;
+  w.stretch = block / p.blocks % p.stretches;
+  w.b = block / (p.blocks * p.stretches);
+  int span = group / p.blocks_a_span, end = min((span + 1) * p.span, p.channels);
+  w.d_block = span * p.span + group % p.blocks_a_span * BLOCK_D;
+  w.local = w.warp * CHANNELS + w.c;
+  w.rows = max(0, min(CHANNELS, end - w.d_block - w.warp * CHANNELS));
+  w.here = w.c < w.rows;
+  w.d = w.here ? w.d_block + w.local : min(w.d_block, p.channels - 1);
+  return w;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
+
+// log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1, log(1 + w) = 2 atanh(s), s = w / (2 + w) <= 1/3. The
+// polynomial in s^2 is within 4e-9 of atanh(s) / s, so that small results keep their digits too.
+__device__ __forceinline__ float softplus(float x) {
+  float w = ex2(-fabsf(x) * LOG2E), s2 = w * reciprocal(fmaf(0.5f, w, 1.f)), q = s2 * s2;
+  float p = fmaf(q, 0.14089167f / 256, 0.13980301f / 64);
+  p = fmaf(q, p, 0.20012455f / 16);
+  p = fmaf(q, p, 0.33333157f / 4);
+  p = fmaf(q, p, 1.f);
+  return fmaf(s2, p, fmaxf(x, 0.f));
+}
+
+__device__ __forceinline__ void spread(uint4 v, float* out) {
+#if IO == 0
+  out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y), out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+#else
+  unpack(v.x, out[0], out[1]), unpack(v.y, out[2], out[3]), unpack(v.z, out[4], out[5]), unpack(v.w, out[6], out[7]);
+#endif
+}
+
+__device__ __forceinline__ uint4 gather(const float* in) {
+#if IO == 0
+  return make_uint4(__float_as_uint(in[0]), __float_as_uint(in[1]), __float_as_uint(in[2]), __float_as_uint(in[3]));
+#else
+  return make_uint4(pack(in[0], in[1]), pack(in[2], in[3]), pack(in[4], in[5]), pack(in[6], in[7]));
+#endif
+}
+
+__device__ __forceinline__ int bytes_left(int elements) { return min(max(elements * (int)sizeof(io_t), 0), 16); }
+
+// STEPS elements of a lane, zero from number `left` on: one by one, with any stride.
+__device__ __forceinline__ void load_steps(const io_t* at, int64 stride, int left, float* out) {
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) out[i] = i < left ? to_float(at[i * stride]) : 0.f;
+}
+
+__device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, const float* in) {
+  if (WIDE_ROWS && left >= STEPS) {
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) reinterpret_cast<uint4*>(at)[k] = gather(in + k * WIDE);
+  } else {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+      if (i < left) at[i * stride] = from_float(in[i]);
+  }
+}
+
+__device__ constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
+
+// 16-byte piece k of lane (j, c) in its warp's slots: no bank conflicts for the lanes that copy along a row, nor for
+// those that read their own pieces.
+__device__ __forceinline__ int slot_of(int k, int j, int c) {
+  constexpr int s = log2_of(CHANNELS) > 3 ? 3 : log2_of(CHANNELS), w = log2_of(PARTS);
+  int fold = w <= s ? k | ((j >> (3 - s)) & ((1 << (s - w)) - 1)) << w : (k & ((1 << s) - 1)) | (k >> s) << (3 - w + s);
+  return k * 32 + ((j * CHANNELS + c) ^ fold);
+}
+
+// Ask for the warp's rows of a (B, D, L) tensor, tokens t0 ... t0 + TILE.
+__device__ __forceinline__ void request_tile(uint4* slots, const io_t* tensor, int64 stride_b, int64 stride_d, int t0,
+                                             const Place& w, int seqlen) {
+  int c0 = w.lane / WIDTH, t = t0 + w.lane % WIDTH * WIDE;
+  const io_t* at = tensor + w.b * stride_b + (w.d_block + w.warp * CHANNELS + c0) * stride_d + t;
+  int64 step = WIDTH <= 32 ? 32 / WIDTH * stride_d : (int64)(32 * WIDE);
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    int c = (i * 32 + w.lane) / WIDTH, q = (i * 32 + w.lane) % WIDTH;
+    int bytes = c < w.rows ? bytes_left(seqlen - t0 - q * WIDE) : 0;
+    copy_async(slots + slot_of(q % PARTS, q / PARTS, c), bytes > 0 ? at + i * step : tensor, bytes);
+  }
+}
+
+__device__ __forceinline__ void receive_tile(const uint4* slots, const Place& w, float* out) {
+#pragma unroll
+  for (int k = 0; k < PARTS; k++) spread(slots[slot_of(k, w.j, w.c)], out + k * WIDE);
+}
+
+// float4 q of lane j in a staged row of B or C: no bank conflicts for the threads that write and for those that read.
+__device__ __forceinline__ int place_of(int q, int j) { return q * LANES + (j ^ (2 * q % LANES)); }
+
+// Rows n0 ... n0 + STAGED of B or C, tokens t0 ... t0 + TILE, each 16-byte piece by the thread that converts it later.
+__device__ __forceinline__ void request_matrix(uint4* raw, const io_t* matrix, int64 stride_n, int n0, int t0, int seqlen) {
+  int n = n0 + threadIdx.x / ROW_PARTS, t = t0 + threadIdx.x % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
+#pragma unroll
+  for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS)
+    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS, bytes > 0 ? matrix + n * stride_n + t : matrix, bytes);
+}
+
+// The same rows in float32, each lane's steps in one place; with WIDE_MATRIX from `raw`, else straight from memory.
+template <bool WIDE_MATRIX>
+__device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, const io_t* matrix, int64 stride_n,
+                                               int64 stride_l, int n0, int t0, int seqlen) {
+  int m = threadIdx.x / ROW_PARTS, t = threadIdx.x % ROW_PARTS * WIDE, j = t / STEPS, q = t % STEPS / 4;
+#pragma unroll
+  for (int k = 0; k < ROW_PASSES; k++, m += ROWS_A_PASS) {
+    if (m >= min(STAGED, N - n0)) break;
+    float v[WIDE];
+    if (WIDE_MATRIX)
+      spread(raw[k * THREADS], v);
+    else
+      for (int i = 0; i < WIDE; i++)
+        v[i] = t0 + t + i < seqlen ? to_float(matrix[(n0 + m) * stride_n + (t0 + t + i) * stride_l]) : 0.f;
+    to[m * ROW + place_of(q, j)] = make_float4(v[0], v[1], v[2], v[3]);
+    if (WIDE == 8) to[m * ROW + place_of(q + 1, j)] = make_float4(v[WIDE - 4], v[WIDE - 3], v[WIDE - 2], v[WIDE - 1]);
+  }
+}
+
+// Where packed sequences start and end among a lane's steps, as bits; and how many lanes to the left (right) a scan
+// may reach before a lane in which a sequence starts.
+struct Cuts {
+  uint32 starts, ends;
+  int reach_left, reach_right;
+  bool any;
+};
+
+__device__ __forceinline__ Cuts find_cuts(const int* seq, int t, int seqlen, const Place& w) {
+  Cuts cut = {0, 0, w.j, LANES - 1 - w.j, false};
+  int before = t > 0 && t <= seqlen ? seq[t - 1] : 0;
+  for (int i = 0; i <= STEPS && t + i < seqlen; i++) {
+    int row = seq[t + i];
+    bool start = t + i > 0 ? row != before : VARLEN;
+    if (i < STEPS) cut.starts |= (uint32)start << i;
+    if (i > 0) cut.ends |= (uint32)start << (i - 1);
+    if (VARLEN && i < STEPS && t + i == seqlen - 1) cut.ends |= 1u << i;
+    before = row;
+  }
+  cut.any = __any_sync(~0u, (VARLEN ? cut.starts | cut.ends : cut.starts) != 0);
+  uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
+  for (int r = 0; r < LANES; r++) {
+    if (w.j - r >= 0 && lanes >> ((w.j - r) * CHANNELS) & 1) cut.reach_left = min(cut.reach_left, r);
+    if (w.j + r < LANES && lanes >> ((w.j + r) * CHANNELS) & 1) cut.reach_right = min(cut.reach_right, r);
+  }
+  return cut;
+}

@@ -1,0 +1,94 @@
+"""Compile the CUDA kernels of real calls for real architectures, without a GPU, and print what each needs.
+
+    PYTHONPATH=.:tests python tests/compile_cuda.py 80 90 100 120
+
+calls the cuda backend as `selective_scan_fn` does, with every launch replaced by a note of its source and
+macros, and compiles each of them with NVRTC. Prints one JSON object a kernel: registers a thread, bytes
+spilled a thread, bytes of SRAM a block.
+"""
+
+import json
+import sys
+
+import torch
+from cases import at_precision
+from scan_inputs import scan_inputs
+
+from mamba_fast import nvrtc
+from mamba_fast.nvrtc_cubin import registers_and_spills
+from mamba_fast.ops.selective_scan import cuda_plan, cuda_scan
+from mamba_fast.ops.selective_scan.arguments import normalise
+
+ORDER = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
+PACKINGS = {
+    "none": lambda length: {},
+    "seq_idx": lambda length: {"seq_idx": torch.arange(length)[None] // 700},
+    "cu_seqlens": lambda length: {"cu_seqlens": torch.tensor([0, length // 3, length])},
+}
+# (channels, tokens) that take every row of the table in cuda_plan, the last one cut into stretches
+SIZES = ((8192, 2048), (4096, 2048), (512, 1024), (4, 40000))
+
+
+class Noted:
+    """Takes the place of nvrtc.Kernel: launches nothing, remembers what would be compiled."""
+
+    calls = {}
+
+    def launch(self, *args):
+        pass
+
+    @classmethod
+    def load(cls, sources, defines, entry, shared_bytes=0, device=None):
+        cls.calls[entry, tuple(sorted(defines.items()))] = (sources, defines, entry, shared_bytes)
+        return cls()
+
+
+def note_calls(dtype, d_state, packing, channels, seqlen):
+    """Every kernel of a forward and a backward with every option on."""
+    inputs = at_precision(scan_inputs(0, 1, 4, 24, d_state, initial_state=False), dtype)
+    meta = {}
+    for name, v in inputs.items():
+        if isinstance(v, torch.Tensor):
+            shape = [{4: channels, 24: seqlen}.get(n, n) for n in v.shape]
+            v = v.new_zeros(1).expand(shape) if name in ("A", "D", "delta_bias") else v.new_empty(shape, device="meta")
+        meta[name] = v
+    for name in ("A", "D", "delta_bias"):
+        meta[name] = meta[name].to("meta")
+    args = normalise(*(meta.get(k) for k in ORDER), None, None)
+    extra = normalise(*(at_precision(scan_inputs(0, 1, 2, seqlen, d_state), dtype).get(k) for k in ORDER[:-1]), None,
+                      *(PACKINGS[packing](seqlen).get(k) for k in ("seq_idx", "cu_seqlens")))  # fmt: skip
+    args = args._replace(seq=extra.seq, varlen=extra.varlen, rows=extra.rows)
+    y, last, states = cuda_scan.forward(*args, True)
+    *tensors, state, seq, softplus, varlen, rows = args
+    cuda_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, False)
+
+
+def cases():
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels, seqlen in SIZES:
+            yield dtype, 16, "none", channels, seqlen
+        yield dtype, 16, "seq_idx", 8192, 2048
+        yield dtype, 16, "cu_seqlens", 4, 40000
+        for d_state in (1, 8, 64, 256):
+            yield dtype, d_state, "none", 8192, 2048
+    yield torch.float16, 16, "none", 8192, 2048
+
+
+def main(architectures):
+    nvrtc.Kernel = Noted
+    cuda_plan.multiprocessors = lambda device: 132
+    for case in cases():
+        Noted.calls.clear()
+        note_calls(*case)
+        for sources, defines, entry, shared in Noted.calls.values():
+            for arch in architectures:
+                cubin = nvrtc.compile_cubin(sources, defines, f"sm_{arch}")
+                found = registers_and_spills(cubin)[entry]
+                names = ("lanes", "steps") if entry != "scan_chain" else ()
+                label = {"arch": arch, "kernel": entry} | {k: defines[k.upper()] for k in names}
+                label |= {"dtype": str(case[0]).removeprefix("torch."), "d_state": case[1], "packing": case[2]}
+                print(json.dumps(label | found | {"sram": shared}), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:]])

@@ -1,0 +1,172 @@
+// A GPU block on a CPU thread: what cuda_machine.cuh and the CUDA language give, for tests without a GPU.
+// Every thread of a block is a fiber that runs until it waits for its warp or its block.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+using std::max;
+using std::min;
+typedef long long int64;
+typedef unsigned int uint32;
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { uint32 x, y, z, w; };
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, z, w}; }
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+static inline float __uint_as_float(uint32 v) { float f; memcpy(&f, &v, 4); return f; }
+static inline uint32 __float_as_uint(float f) { uint32 v; memcpy(&v, &f, 4); return v; }
+
+struct Index { int x; };
+static Index threadIdx, blockIdx;
+static float4 memory[65536];
+
+struct Fiber { ucontext_t context; char* stack; int waits; bool done; long round; };  // waits: 0 no, 1 warp, 2 block
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static uint32 mailbox[2][2048];
+static void wait_for(int what) {
+  int me = threadIdx.x;
+  fibers[me].waits = what;
+  swapcontext(&fibers[me].context, &scheduler);
+  threadIdx.x = me;
+}
+static void __syncthreads() { wait_for(2); }
+static void __syncwarp() { wait_for(1); }
+// What the lane `from` gave; its own value where `from` is outside the warp.
+static float exchange(float v, int from) {
+  int me = threadIdx.x, parity = fibers[me].round++ & 1, base = me / 32 * 32;
+  mailbox[parity][me] = __float_as_uint(v);
+  wait_for(1);
+  return from < 0 || from > 31 ? v : __uint_as_float(mailbox[parity][base + from]);
+}
+static float __shfl_up_sync(uint32, float v, int hop) { return exchange(v, threadIdx.x % 32 - hop); }
+static float __shfl_down_sync(uint32, float v, int hop) { return exchange(v, threadIdx.x % 32 + hop); }
+static float __shfl_xor_sync(uint32, float v, int mask) { return exchange(v, threadIdx.x % 32 ^ mask); }
+static uint32 __ballot_sync(uint32, bool v) {
+  int me = threadIdx.x, parity = fibers[me].round++ & 1, base = me / 32 * 32;
+  mailbox[parity][me] = v;
+  wait_for(1);
+  uint32 all = 0;
+  for (int i = 0; i < 32; i++) all |= mailbox[parity][base + i] << i;
+  return all;
+}
+static bool __any_sync(uint32 m, bool v) { return __ballot_sync(m, v) != 0; }
+static void atomicAdd(float* to, float v) { *to += v; }
+
+#if IO == 0
+typedef float io_t;
+static float to_float(io_t v) { return v; }
+static io_t from_float(float f) { return f; }
+static void unpack(uint32, float&, float&) {}
+static uint32 pack(float, float) { return 0; }
+#else
+struct io_t { unsigned short bits; };
+static float to_float(io_t v) {
+#if IO == 1
+  _Float16 h; memcpy(&h, &v, 2); return (float)h;
+#else
+  return __uint_as_float((uint32)v.bits << 16);
+#endif
+}
+static io_t from_float(float f) {
+  io_t v;
+#if IO == 1
+  _Float16 h = (_Float16)f; memcpy(&v, &h, 2);
+#else
+  uint32 w = __float_as_uint(f);
+  v.bits = f != f ? 0x7fc0 : (w + 0x7fff + (w >> 16 & 1)) >> 16;
+#endif
+  return v;
+}
+static void unpack(uint32 word, float& first, float& second) {
+  io_t v;
+  v.bits = word & 0xffff, first = to_float(v), v.bits = word >> 16, second = to_float(v);
+}
+static uint32 pack(float first, float second) { return from_float(first).bits | (uint32)from_float(second).bits << 16; }
+#endif
+
+static float ex2(float x) { return exp2f(x); }
+static float reciprocal(float x) { return 1.f / x; }
+// Asynchronous: nothing arrives before the wait. A copy that is not waited for is never seen.
+struct Copy { void* to; char from[16]; int bytes; };
+static std::vector<Copy> copies[2048];
+static void copy_async(void* to, const void* from, int bytes) {
+  if ((uintptr_t)to % 16 || (bytes > 0 && (uintptr_t)from % 16)) abort();
+  Copy c = {to, {}, 16};
+  memcpy(c.from, from, bytes);
+  copies[threadIdx.x].push_back(c);
+}
+static void copy_async_word(void* to, const void* from) {
+  Copy c = {to, {}, 4};
+  memcpy(c.from, from, 4);
+  copies[threadIdx.x].push_back(c);
+}
+static void wait_async() {
+  for (auto& c : copies[threadIdx.x]) memcpy(c.to, c.from, c.bytes);
+  copies[threadIdx.x].clear();
+}
+template <bool LAST> static void round_from_left(float& x, float& decay, int hop) {
+  float a = __shfl_up_sync(~0u, x, hop), b = LAST ? 0.f : __shfl_up_sync(~0u, decay, hop);
+  if (threadIdx.x % 32 >= hop) { x = fmaf(decay, a, x); if (!LAST) decay *= b; }
+}
+template <bool LAST> static void round_from_right(float& x, float& decay, int hop) {
+  float a = __shfl_down_sync(~0u, x, hop), b = LAST ? 0.f : __shfl_down_sync(~0u, decay, hop);
+  if (threadIdx.x % 32 + hop < 32) { x = fmaf(decay, a, x); if (!LAST) decay *= b; }
+}
+static float from_left(float v, float edge, int hop) {
+  float w = __shfl_up_sync(~0u, v, hop);
+  return threadIdx.x % 32 >= hop ? w : edge;
+}
+static float from_right(float v, float edge, int hop) {
+  float w = __shfl_down_sync(~0u, v, hop);
+  return threadIdx.x % 32 + hop < 32 ? w : edge;
+}
+static void add_global(float* to, float4 v) {
+  if ((uintptr_t)to % 16) abort();
+  to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+}
+static void fiber_main();
+static void run_block(int threads, int bytes) {
+  memset(memory, 0xff, bytes);  // NaN: what is read before it is written shows
+  if (bytes > (int)sizeof memory) abort();
+  fibers.resize(threads);
+  for (int i = 0; i < threads; i++) {
+    Fiber& f = fibers[i];
+    if (!f.stack) f.stack = (char*)malloc(1 << 17);
+    f.waits = 0, f.done = false, f.round = 0;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = 1 << 17, f.context.uc_link = &scheduler;
+    makecontext(&f.context, fiber_main, 0);
+    copies[i].clear();
+  }
+  for (int left = threads; left > 0;) {
+    bool moved = false;
+    for (int i = 0; i < threads; i++)
+      if (!fibers[i].done && !fibers[i].waits) {
+        threadIdx.x = i, moved = true;
+        swapcontext(&scheduler, &fibers[i].context);
+        left -= fibers[i].done;
+      }
+    for (int w = 0; w < threads; w += 32) {
+      bool all = true;
+      for (int i = w; i < w + 32; i++) all &= fibers[i].waits == 1;
+      if (all) for (int i = w; i < w + 32; i++) fibers[i].waits = 0, moved = true;
+    }
+    bool all = true;
+    for (auto& f : fibers) all &= f.waits == 2;
+    if (all) for (auto& f : fibers) f.waits = 0, moved = true;
+    if (!moved && left > 0) { fprintf(stderr, "deadlock in the emulated block\n"); abort(); }
+  }
+}

@@ -1,0 +1,306 @@
+"""The benches run: they check, time, print a table, write a result and its figure; a failed check writes nothing."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+import mamba_fast
+from mamba_fast.bench import __main__ as bench
+from mamba_fast.bench import (
+    attention,
+    checks,
+    conv,
+    figure,
+    inner,
+    norm,
+    peers,
+    report,
+    scan,
+    scan_grid,
+    timing,
+    update,
+)
+from mamba_fast.bench.case import Case, Kernel, View
+from mamba_fast.bench.measure import rotating, times
+
+CPU = torch.device("cpu")
+TINY = {
+    scan: {"CPU_CASES": {"tiny": (2, 9, 33, 4)}},
+    scan_grid: {"CPU_GRID": ((1,), (9,), (33, 65)), "CPU_LENGTHS": [32, 64], "LENGTH_SHAPE": (1, 9)},
+    attention: {"CPU_LENGTHS": [32, 64], "HEADS": 2, "WIDTH": 16},
+    conv: {"CPU_CASES": {"tiny": (2, 9, 33)}, "CPU_UPDATES": [(2, 9)]},
+    update: {"CPU_CASES": {"tiny": (2, 0, 9, 4), "tiny heads": (2, 3, 5, 4)}},
+    norm: {"CPU_CASES": {"tiny RMS": (9, 33), "tiny LayerNorm": (9, 33)}},
+    inner: {"CPU_CASES": {"tiny": (2, 16, 33)}},
+}
+ROW = {"case", "shape", "dtype", "name", "role", "forward"}
+RUNS = ("scan", "scan --grid", "attention", "conv", "update", "norm", "inner")
+
+
+def plain_inner(
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A,
+    D=None, delta_bias=None,
+):  # fmt: skip
+    assert out_proj_bias is None
+    weights = (conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight)
+    return inner.op_by_op(xz, *weights, A, D, delta_bias, backend="torch")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Problems of a few numbers, few repeats, and nothing that has to be compiled first."""
+    for module, values in TINY.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(scan, "rivals", lambda device: [Kernel("loop in PyTorch", scan.loop, "other")])
+    monkeypatch.setattr(timing, "wall_ms", functools.partial(timing.wall_ms, repeats=3, budget_ms=1))
+    if not hasattr(mamba_fast, "mamba_inner_fn"):
+        monkeypatch.setattr(mamba_fast, "mamba_inner_fn", plain_inner, raising=False)
+
+
+def result_of(arguments, tmp_path):
+    out = tmp_path / "result.json"
+    bench.main([*arguments.split(), "--device", "cpu", "--out", str(out)])
+    return json.loads(out.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+def test_a_bench_writes_a_result_and_its_figure(arguments, tmp_path, capsys):
+    result = result_of(arguments, tmp_path)
+    assert result["bench"] == arguments.replace(" --", "-")
+    assert result["checks"] == "passed"
+    assert {"device", "date", "torch", "python", "commit", "triton", "numba", "mamba_ssm"} <= set(result)
+    assert result["copy_bytes_per_s"] > 1e8
+    for row in result["rows"]:
+        assert set(row) >= ROW, row
+        for kind in ("forward", "backward"):
+            if kind in row:
+                assert 0 < row[kind]["p10"] <= row[kind]["median"] <= row[kind]["p90"]
+                assert row["name"].startswith("SDPA") or row[f"{kind}_limit"] > 0
+        assert row["role"] != "ours" or all(0 <= e < 1e-4 for e in row["errors"].values())
+    assert any(row["role"] == "ours" for row in result["rows"])
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "checks passed" in printed
+    for row in result["rows"]:
+        assert any(row["case"] in line and row["name"] in line for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+def test_every_gradient_and_output_is_checked(arguments, tmp_path):
+    ours = [row for row in result_of(arguments, tmp_path)["rows"] if row["role"] == "ours"]
+    tensors = {
+        "scan": "y du ddelta dA dB dC dD dz ddelta_bias",
+        "attention": "y",
+        "update": "y state",
+        "inner": "y dxz",  # the timed problem; every gradient on the same problem at batch 1
+        "norm": "y residual dx dresidual dweight",
+        "conv": "y",
+    }[arguments.split()[0]]
+    for row in ours:
+        assert set(tensors.split()) <= set(row["errors"])
+
+
+def test_a_failed_check_writes_nothing(tmp_path, monkeypatch, capsys):
+    right = scan.ours(CPU)[0].run
+    wrong = [Kernel("wrong", lambda **tensors: 1.0001 * right(**tensors))]
+    monkeypatch.setattr(scan, "ours", lambda device, backend: wrong)
+    with pytest.raises(SystemExit) as stopped:
+        result_of("scan", tmp_path)
+    assert stopped.value.code.startswith("tiny float32, wrong, y: error 1.0e-04 is above the bound")
+    assert stopped.value.code.endswith("nothing is written")  # a text as exit status: stderr, and status 1
+    assert list(tmp_path.iterdir()) == []
+    assert "tiny" not in capsys.readouterr().out
+
+
+def case_with(run, dtype=torch.float32, **options):
+    return scan.scan_case("tiny", (2, 9, 33, 4), dtype, CPU, [Kernel("mine", run)], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_a_wrong_gradient_is_refused(name, dtype):
+    factor = 1e-3 if dtype == torch.float32 or name in scan.FLOAT32 else 0.3
+
+    def run(**tensors):
+        x = tensors[name]
+        tensors[name] = x + factor * (
+            x - x.detach()
+        )  # the same value; its gradient is 1 + factor times as large
+        return scan.selective_scan_fn(**tensors, delta_softplus=True, backend="torch")
+
+    with pytest.raises(checks.CheckFailed, match=f"mine, d{name}: error"):
+        checks.check(case_with(run, dtype))
+
+
+def test_a_result_that_is_no_number_is_refused():
+    def run(**tensors):
+        return torch.nan * scan.selective_scan_fn(**tensors, backend="torch")
+
+    with pytest.raises(checks.CheckFailed, match="mine, y: error nan"):
+        checks.check(case_with(run))
+
+
+def test_an_error_of_the_published_kernel_is_measured_but_not_judged():
+    right = scan.ours(CPU)[0]
+    wrong = Kernel("published", lambda **tensors: 1.5 * right.run(**tensors), "peer")
+    found = checks.check(scan.scan_case("tiny", (2, 9, 33, 4), torch.float32, CPU, [right, wrong]))
+    assert found["published"]["y"] == pytest.approx(0.5, rel=1e-5)
+    assert found["published"]["dB"] == pytest.approx(0.5, rel=1e-5)
+    assert max(found[right.name].values()) < 1e-5
+
+
+def test_parts_of_the_scan_are_compared_with_the_same_parts_of_the_truth():
+    case = scan.scan_case("long", (2, 20, 70, 4), torch.float32, CPU, scan.ours(CPU))
+    whole = Case("whole", case.shape, case.dtype, case.make, case.kernels, case.plain, views=(View(),))
+    tensors = case.make(1)
+    weights = [torch.randn(2, 20, 70)]
+    truth, _ = checks._truth(case, tensors, weights)
+    full, _ = checks._truth(whole, tensors, weights)
+    assert set(truth) == set(full)
+    for name, part in truth.items():
+        want = checks._cut(case, name, full[name])
+        torch.testing.assert_close(part, want, rtol=1e-6, atol=1e-9)  # of float64: only dy was rounded
+        assert part.numel() < full[name].numel(), name
+
+
+def test_backward_times_the_backward_alone():
+    calls = {"forward": 0, "backward": 0}
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls["forward"] += 1
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            calls["backward"] += 1
+            return dy
+
+    def make(seed):
+        return {"x": torch.randn(3), "count": torch.arange(3)}
+
+    kernel = Kernel("mine", lambda x, count: Counted.apply(x))
+    case = Case("tiny", (3,), torch.float32, make, [kernel], lambda x, count: x, thorough=False)
+    found = times(case, kernel, rotating(case, CPU), CPU)
+    assert set(found) == {"forward", "backward"}
+    assert calls["backward"] >= 4  # one to warm up, three timed
+    assert calls["forward"] == calls["backward"] + 1  # the forward as often, and once for all backwards
+
+
+def row(name, role, forward, backward=None, error=1e-3, case="a", dtype="bfloat16", **more):
+    times = {"forward": {"median": forward, "p10": 0.9 * forward, "p90": 1.1 * forward}, "forward_limit": 0.5}
+    if backward:
+        times["backward"] = {"median": backward, "p10": backward, "p90": backward}
+        times |= {"backward_limit": 1.0, "forward_training": times["forward"]}
+    more = {"shape": [1, 2, 3, 16]} | more
+    head = {"case": case, "dtype": dtype, "name": name, "role": role}
+    return head | more | times | {"errors": {"y": error}}
+
+
+ROWS = [
+    row("cuda", "ours", 1.0, 4.0),
+    row("triton", "ours", 3.0, 8.0, error=4e-3),
+    row("published", "peer", 2.5, 12.0, error=2e-3),
+]
+
+
+def test_the_table_says_how_many_times_the_limit_and_how_many_times_ours():
+    lines = [line.split() for line in report.table(ROWS).splitlines()]
+    assert lines[2] == "a bfloat16 limit 0.5000 1.00 0.50x 1.0000 1.00 0.25x".split()
+    assert lines[3] == "a bfloat16 cuda 1.0000 20.0% 2.00 1.00x 4.0000 0.0% 4.00 1.00x".split()
+    assert lines[5] == "a bfloat16 published 2.5000 20.0% 5.00 2.50x 12.0000 0.0% 12.00 3.00x".split()
+
+
+def test_the_findings_compare_speed_and_error_with_the_published_kernel():
+    rows = [*ROWS, row("cuda", "ours", 1.0, case="b"), row("published", "peer", 1.2, case="b")]
+    found = report.against_peer(rows)
+    assert found[:4] == [
+        "cuda forward: 1.20x (b bfloat16) to 2.50x (a bfloat16) the published speed",
+        "cuda backward: 3.00x (a bfloat16) to 3.00x (a bfloat16) the published speed",
+        "cuda forward_training + backward: 2.90x (a bfloat16) to 2.90x (a bfloat16) the published speed",
+        "cuda: error up to 1.00x the published kernel's (y, b bfloat16)",
+    ]
+    assert found[-1] == "triton: error up to 2.00x the published kernel's (y, a bfloat16)"
+
+
+def test_the_grid_finds_ratios_and_how_flat_time_is():
+    grid = [
+        row(n, r, f, 2 * f, shape=[1, 2, 3, 16])
+        for n, r, f in (("cuda", "ours", 1), ("published", "peer", 2))
+    ]
+    for seqlen, time in ((2048, 1.0), (4096, 2.2)):
+        grid.append(row("cuda", "ours", time, time, case=f"length {seqlen}", shape=[1, 8, seqlen, 16]))
+    assert scan_grid.ratios(grid, "forward") == [(6, 2.0)]
+    assert "cuda forward: 10% between lengths, time per element" in scan_grid.findings(grid)
+
+
+def test_attention_is_compared_with_its_best_kind():
+    rows = []
+    for case, scan_ms, flash, cudnn in (("L=1", 1.0, 0.5, 0.4), ("L=2", 1.0, 3.0, 2.0)):
+        rows += [row("cuda", "ours", scan_ms, case=case), row("published", "peer", 0.1, case=case)]
+        rows += [row(n, "peer", t, case=case) for n, t in (("SDPA flash", flash), ("SDPA cuDNN", cudnn))]
+    assert attention.findings(rows) == [
+        "attention over scan: L=1 0.40x, L=2 2.00x",
+        "the scan is behind at: L=1",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(figure.TITLES))
+def test_every_figure_can_be_drawn_from_a_result_of_a_gpu(name, tmp_path):
+    rows = []
+    for seqlen in (512, 2048, 2**20):
+        shape = [1, 1536, seqlen, 16]
+        rows += [r | {"case": f"length {seqlen}", "shape": shape} for r in ROWS]
+        rows += [r | {"case": f"1 x {seqlen}", "shape": shape, "dtype": "float32"} for r in ROWS]
+    facts = {"bench": name, "device": "NVIDIA H200", "date": "2026-11-25", "rows": rows}
+    figure.draw(facts, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_scan_is_timed_on_the_published_shapes():
+    found = {(c.shape, c.dtype) for c in scan.cases(torch.device("cuda"), False)}
+    half, single = torch.bfloat16, torch.float32
+    first = ((8, 1536, 2048), (4, 4096, 2048), (1, 5120, 8192), (1, 5120, 2048))
+    others = ((1, 1536, 65536), (1, 1536, 524288), (2, 256, 512))
+    assert found == {
+        *(((*shape, 16), half) for shape in first + others),
+        *(((*shape, 16), single) for shape in first),
+        *(((8, 1536, 2048, d_state), half) for d_state in (8, 32, 64)),
+    }
+
+
+def test_what_cannot_be_imported_is_said_and_left_out(monkeypatch, capsys):
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(peers.sys.modules, "mamba_ssm", None)
+    monkeypatch.setitem(peers.sys.modules, "selective_scan_cuda", None)
+    assert peers.peers("scan", gpu, True) == []
+    assert "published selective_scan_fn: not timed" in capsys.readouterr().err
+    assert peers.peers("scan", gpu, False) == peers.peers("scan", CPU, True) == []
+    monkeypatch.setitem(
+        peers.PUBLISHED, "scan", ("json", "mamba_fast.ops.selective_scan", "selective_scan_fn")
+    )
+    (kernel,) = peers.peers("scan", gpu, True)
+    assert (kernel.name, kernel.role, kernel.run) == ("published", "peer", mamba_fast.selective_scan_fn)
+
+
+def test_only_the_scan_has_a_grid(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["conv", "--grid"])
+    assert "--grid: only scan has a grid" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arguments", RUNS)
+def test_a_bench_runs_on_a_gpu(arguments, tmp_path, monkeypatch):
+    for module, values in TINY.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name.replace("CPU", "GPU"), value)
+    out = tmp_path / "result.json"
+    bench.main([*arguments.split(), "--device", "cuda", "--out", str(out)])
+    result = json.loads(out.read_text("utf-8"))
+    assert result["exponentials_per_s"] > 1e11
+    assert all(row["forward"]["median"] < 1 for row in result["rows"] if row["role"] == "ours")
