@@ -58,6 +58,11 @@ def emulated_cuda(request, monkeypatch):
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
         monkeypatch.setattr(nvrtc, "Kernel", EmulatedKernel)
         monkeypatch.setattr(backends, "cuda_obstacle", lambda device: None)
+        backends._choose_once.cache_clear()
+        yield
+        backends._choose_once.cache_clear()
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 
 PACKAGES = ("triton", "numba", "mamba_ssm", "causal_conv1d")
 DIRECTIONS = ("forward", "backward")
+WIDE = 33  # characters of the table for each of them
 
 
 def machine(device):
@@ -57,7 +58,7 @@ def leads(rows):
 def table(rows):
     """Milliseconds and spread, times the limit, times the first kernel of ours; then the host's time."""
     lead, seen, wide = leads(rows), set(), max(len(r["name"]) for r in rows) + 1
-    head = f"{'ms':>9}{'spread':>7}{'/limit':>8}{'/ours':>7}"
+    head = f"{'ms':>11}{'spread':>7}{'/limit':>8}{'/ours':>7}"
     names = f"{'case':<21}{'type':<9}{'kernel':<{wide}}"
     lines = [
         f"{'':<{len(names)}}{'forward':>{len(head)}}{'backward':>{len(head)}}{'host us':>15}",
@@ -79,20 +80,20 @@ def table(rows):
 
 def _cells(row, lead, direction):
     if direction not in row:
-        return " " * 31
+        return " " * WIDE
     time = row[direction]
     spread = 100 * (time["p90"] - time["p10"]) / time["median"]
     limit = row.get(f"{direction}_limit")
     over = f"{time['median'] / limit:8.2f}" if limit else " " * 8
     ratio = f"{time['median'] / lead[direction]['median']:6.2f}x" if direction in lead else " " * 7
-    return f"{time['median']:9.4f}{spread:6.1f}%{over}{ratio}"
+    return f"{time['median']:11.4f}{spread:6.1f}%{over}{ratio}"
 
 
 def _limit_cells(row, lead, direction):
     limit = row.get(f"{direction}_limit")
     if limit is None or direction not in lead:
-        return " " * 31
-    return f"{limit:9.4f}{'':7}{1:8.2f}{limit / lead[direction]['median']:6.2f}x"
+        return " " * WIDE
+    return f"{limit:11.4f}{'':7}{1:8.2f}{limit / lead[direction]['median']:6.2f}x"
 
 
 def against_peer(rows):

@@ -32,6 +32,42 @@ class Arguments(NamedTuple):
 
 def normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens):
     """Check every argument and return :class:`Arguments`; ValueError or TypeError name what is wrong."""
+    plain = seq_idx is None and cu_seqlens is None
+    named = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    signature = _signature(named) if plain else None
+    if signature in _accepted:  # the checks read nothing else, and cost more than a small scan
+        B, C = _accepted[signature](B), _accepted[signature](C)
+        return Arguments(*named[:3], B, C, *named[5:], None, bool(delta_softplus), False, u.shape[0])
+    args = _checked(*named, bool(delta_softplus), seq_idx, cu_seqlens)
+    if signature is not None and B.dim() == C.dim() > 2 and args.initial_state is initial_state:
+        if len(_accepted) > 1000:
+            _accepted.clear()
+        _accepted[signature] = _with_group_axis if B.dim() == 3 else _as_it_is
+    return args
+
+
+_accepted = {}  # signature of a call that passed every check: how its B and C get four axes
+
+
+def _with_group_axis(v):
+    return v[:, None]
+
+
+def _as_it_is(v):
+    return v
+
+
+def _signature(tensors):
+    """Types, shapes and devices; None where something is not a plain tensor (shapes may be symbolic then)."""
+    if any(type(t) not in _PLAIN for t in tensors):
+        return None
+    return tuple(None if t is None else (t.dtype, t.shape, t.device) for t in tensors)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+def _checked(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, seq_idx, cu_seqlens):
     _tensor("u", u)
     if u.dim() != 3:
         raise ValueError(f"u: expected shape (B, D, L), got {tuple(u.shape)}")
@@ -56,7 +92,7 @@ def normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
         _like("initial_state", initial_state, u, (rows, *A.shape), (A.dtype,) if A.is_complex() else floats)
         initial_state = initial_state.to(torch.promote_types(A.dtype, u.dtype))
     return Arguments(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, seq, bool(delta_softplus), varlen, rows
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows
     )  # fmt: skip
 
 

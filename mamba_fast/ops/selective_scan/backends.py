@@ -5,6 +5,7 @@ import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -42,18 +43,39 @@ def choose(u, A, backend=None):
     """The :class:`BackendChoice` for these inputs; ValueError if `backend` cannot take them."""
     if backend is not None and backend not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")
-    obstacles = {name: _obstacle(name, u.device, u, A) for name in NAMES}
+    states = A.shape[1] if A.dim() == 2 else None
+    kind = Kind(u.device, u.dtype, A.is_complex(), states, u.numel() == 0)
+    if interpreted() or torch.compiler.is_compiling() or not isinstance(states, (int, type(None))):
+        return _choose(kind, backend)
+    return _choose_once(kind, backend)
+
+
+class Kind(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    curled: bool  # complex A
+    states: int | None
+    empty: bool
+
+
+def _choose(kind, backend):
+    obstacles = {name: _obstacle(name, kind.device, kind) for name in NAMES}
     if backend is not None:
         if obstacles[backend]:
             raise ValueError(f"backend: {backend!r} cannot take this call: {obstacles[backend]}")
         others = {name: "another backend was asked for" for name in NAMES if name != backend}
         return BackendChoice(backend, "asked for by name", others)
-    if u.numel() == 0:  # plain PyTorch knows every empty shape
+    if kind.empty:  # plain PyTorch knows every empty shape
         obstacles = {n: obstacles[n] or (None if n == "torch" else "there is nothing to scan") for n in NAMES}
     usable = [name for name in NAMES if obstacles[name] is None]
-    name = _preferred(u.device, usable)
-    others = {n: obstacles[n] or f"{name} comes first on {u.device.type}" for n in NAMES if n != name}
-    return BackendChoice(name, _REASONS[name], others, _missing_extra(name, u, A))
+    name = _preferred(kind.device, usable)
+    others = {n: obstacles[n] or f"{name} comes first on {kind.device.type}" for n in NAMES if n != name}
+    return BackendChoice(name, _REASONS[name], others, _missing_extra(name, kind))
+
+
+_choose_once = functools.lru_cache(maxsize=1024)(_choose)
 
 
 def warn_once_if_missing(choice):
@@ -95,8 +117,8 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _obstacle(name, device, u=None, A=None):
-    """Why this backend can't run here, or None."""
+def _obstacle(name, device, kind=None):
+    """Why this backend can't run here, or can't take this kind of call; else None."""
     if name == "torch":
         return None
     if name == "cuda" and (reason := cuda_obstacle(device)):
@@ -107,12 +129,12 @@ def _obstacle(name, device, u=None, A=None):
         return f"it runs on a CPU, and u is on {device}"
     if name == "triton" and device.type != "cuda" and not interpreted():
         return f"it needs a GPU (or TRITON_INTERPRET=1), and u is on {device}"
-    if u is not None and u.dtype == torch.float64:
+    if kind is not None and kind.dtype == torch.float64:
         return "its state is float32, and u is float64"
-    if A is not None and A.is_complex():
+    if kind is not None and kind.curled:
         return "complex A runs on the torch backend alone"
-    if name == "cuda" and A is not None and A.dim() == 2 and A.shape[1] > MAX_STATES:
-        return f"it holds at most {MAX_STATES} states a channel, and A has {A.shape[1]}"
+    if kind is not None and name == "cuda" and (kind.states or 0) > MAX_STATES:
+        return f"it holds at most {MAX_STATES} states a channel, and A has {kind.states}"
     return None
 
 
@@ -136,14 +158,13 @@ def _preferred(device, usable):
     return next(name for name in order if name in usable)
 
 
-def _missing_extra(name, u, A):
+def _missing_extra(name, kind):
     """The extra that would bring a faster backend for this call, where nothing else stands against it."""
-    if u.dtype == torch.float64 or A.is_complex() or u.numel() == 0:
+    if kind.dtype == torch.float64 or kind.curled or kind.empty:
         return None
-    faster = {"cpu": ("numba",), "cuda": ("cuda", "triton")}.get(u.device.type, ())
-    for wanted in faster:
+    for wanted in {"cpu": ("numba",), "cuda": ("cuda", "triton")}.get(kind.device.type, ()):
         if wanted == name:
             return None
-        if not _installed(wanted) and (wanted != "cuda" or cuda_obstacle(u.device) is None):
+        if not _installed(wanted) and (wanted != "cuda" or cuda_obstacle(kind.device) is None):
             return _EXTRAS[wanted]
     return None

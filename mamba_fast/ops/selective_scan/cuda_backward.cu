@@ -184,16 +184,16 @@ __device__ __forceinline__ Share find_share(const Params& p, const Place& w, con
 
 __device__ __forceinline__ void add_matrices(const Params& p, const Share& s, int phase, int n, int t0, bool fresh) {
   if (!s.here || t0 + s.t >= p.seqlen) return;
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+  float4 sum = s.from[phase + s.turn];
 #pragma unroll
   for (int e = 0; e < CHANNELS; e++)
 #pragma unroll
-    for (int v = 0; v < WARPS; v++) {
+    for (int v = e == 0; v < WARPS; v++) {
       float4 one = s.from[phase + (e ^ s.turn) + v * PART];
       sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
     }
   float* to = s.to + (n * p.padded + t0);
-  if (!p.ordered) {
+  if (!ORDERED) {
     add_global(to, sum);
   } else {  // this thread alone writes here: the same order in every run
     float4* own = reinterpret_cast<float4*>(to);
@@ -208,7 +208,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& w, con
   float in[STEPS], out[STEPS];
   auto again = [&](int slot, const io_t* tensor, int64 stride_b, int64 stride_d, int64 stride_l, float* to) {
     if (WIDE_ROWS) receive_tile(slots + slot * SLOTS, w, to);
-    else load_steps(tensor + w.b * stride_b + w.d * stride_d + t * stride_l, stride_l, left, to);
+    else load_steps(row_of(tensor, stride_b, stride_d, w.b, w.d) + steps_of(t, stride_l), stride_l, left, to);
   };
   if (HAS_Z) {
     again(3, p.z, p.z_b, p.z_d, p.z_l, in);
@@ -218,11 +218,11 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& w, con
       const float v = sigmoid(in[i]);
       out[i] = out[i] * s.y[i] * v * fmaf(in[i], 1.f - v, 1.f);
     }
-    store_steps(p.dz + w.b * p.dz_b + w.d * p.dz_d + t * p.dz_l, p.dz_l, left, out);
+    store_steps(row_of(p.dz, p.dz_b, p.dz_d, w.b, w.d) + steps_of(t, p.dz_l), p.dz_l, left, out);
   }
 #pragma unroll
   for (int i = 0; i < STEPS; i++) out[i] = fmaf(s.gB[i], s.delta[i], s.dy[i] * skip);
-  store_steps(p.du + w.b * p.du_b + w.d * p.du_d + t * p.du_l, p.du_l, left, out);
+  store_steps(row_of(p.du, p.du_b, p.du_d, w.b, w.d) + steps_of(t, p.du_l), p.du_l, left, out);
   again(1, p.u, p.u_b, p.u_d, p.u_l, in);
   again(0, p.delta, p.delta_b, p.delta_d, p.delta_l, out);
 #pragma unroll
@@ -231,5 +231,5 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& w, con
     out[i] = fmaf(s.gB[i], in[i], s.ddelta[i]) * slope;
     if (i < left) dbias += out[i];
   }
-  store_steps(p.ddelta + w.b * p.ddelta_b + w.d * p.ddelta_d + t * p.ddelta_l, p.ddelta_l, left, out);
+  store_steps(row_of(p.ddelta, p.ddelta_b, p.ddelta_d, w.b, w.d) + steps_of(t, p.ddelta_l), p.ddelta_l, left, out);
 }

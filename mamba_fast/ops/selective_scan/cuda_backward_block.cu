@@ -1,7 +1,5 @@
 // The walk of a block over its tiles.
 
-constexpr int FIRST_TOUCH = 1;  // p.ordered: 0 additions in any order, 1 ordered into fresh memory, 2 ordered onto zeros
-
 __device__ __forceinline__ void request_states(const Params& p, const Place& w, float* entering, int t0) {
   const float* from = p.states + (((int64)w.b * p.chunks + t0 / CHUNK) * p.channels + w.d) * N;
   for (int n = w.j; n < N; n += LANES) copy_async_word(entering + w.local * N + n, from + n);
@@ -23,10 +21,10 @@ __device__ __forceinline__ void receive_inputs(const Params& p, const Place& w, 
     receive_tile(slots + 2 * SLOTS, w, s.dy);
     if (HAS_Z) receive_tile(slots + 3 * SLOTS, w, s.gB);
   } else {
-    load_steps(p.delta + w.b * p.delta_b + w.d * p.delta_d + t * p.delta_l, p.delta_l, left, s.delta);
-    load_steps(p.u + w.b * p.u_b + w.d * p.u_d + t * p.u_l, p.u_l, left, s.y);
-    load_steps(p.dy + w.b * p.dy_b + w.d * p.dy_d + t * p.dy_l, p.dy_l, left, s.dy);
-    if (HAS_Z) load_steps(p.z + w.b * p.z_b + w.d * p.z_d + t * p.z_l, p.z_l, left, s.gB);
+    load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, s.delta);
+    load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, s.y);
+    load_steps(row_of(p.dy, p.dy_b, p.dy_d, w.b, w.d) + steps_of(t, p.dy_l), p.dy_l, left, s.dy);
+    if (HAS_Z) load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, s.gB);
   }
   if (HAS_Z) {
 #pragma unroll
@@ -56,9 +54,9 @@ __device__ __forceinline__ void begin_tile(Steps& s, int left, float bias, float
 // What a block has gathered over its tokens: sums over tokens for each channel, the flow before the first token.
 __device__ __forceinline__ void finish_block(const Params& p, const Place& w, const float4* running, const float* constants,
                                              float dD, float dbias) {
-  const int64 row = (int64)p.channels * N, slot = p.ordered ? w.b * p.stretches + w.stretch : 0;
+  const int64 row = (int64)p.channels * N, slot = ORDERED ? w.b * p.stretches + w.stretch : 0;
   auto add = [&](float* to, float v) {
-    if (p.ordered) *to = v;
+    if (ORDERED) *to = v;
     else atomicAdd(to, v);
   };
   dD = sum_lanes(dD);
@@ -98,7 +96,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
   }
   __syncthreads();
   const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
-  const Share share = find_share(p, w, s.parts, p.ordered ? blockIdx.x % p.blocks : 0);
+  const Share share = find_share(p, w, s.parts, ORDERED ? blockIdx.x % p.blocks : 0);
   float dD = 0.f, dbias = 0.f;
   float4* running = s.running + w.local * ROW_A;
   float* constants = s.constants + 2 * w.local * N;
@@ -141,7 +139,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
         else one_state<false>(p, w, cut, steps, running + n, rows, m, n, part, constants + 2 * n, seq);
         if (!B_CONSTANT || !C_CONSTANT) {
           __syncthreads();
-          add_matrices(p, share, phase, n, t0, pass == 0 && p.ordered == FIRST_TOUCH);
+          add_matrices(p, share, phase, n, t0, pass == 0 && ORDERED == 1);
           phase ^= WARPS * PART;
         }
       }

@@ -151,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
           receive_tile(s.slots, w, delta);
           receive_tile(s.slots + SLOTS, w, y);
         } else {
-          load_steps(p.delta + w.b * p.delta_b + w.d * p.delta_d + t * p.delta_l, p.delta_l, left, delta);
-          load_steps(p.u + w.b * p.u_b + w.d * p.u_d + t * p.u_l, p.u_l, left, y);
+          load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
+          load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, y);
         }
         __syncwarp();
       }
@@ -182,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         __syncwarp();
         receive_tile(s.slots + 2 * SLOTS, w, z);
       } else {
-        load_steps(p.z + w.b * p.z_b + w.d * p.z_d + t * p.z_l, p.z_l, left, z);
+        load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
       }
 #pragma unroll
       for (int i = 0; i < STEPS; i++) y[i] *= z[i] * sigmoid(z[i]);
     }
-    store_steps(p.y + w.b * p.y_b + w.d * p.y_d + t * p.y_l, p.y_l, left, y);
+    store_steps(row_of(p.y, p.y_b, p.y_d, w.b, w.d) + steps_of(t, p.y_l), p.y_l, left, y);
   }
   __syncwarp();
   if (!VARLEN && w.here && end == seqlen)

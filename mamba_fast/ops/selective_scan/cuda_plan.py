@@ -83,6 +83,11 @@ def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span,
     )  # fmt: skip
 
 
+def passes(cut, batch, device):
+    """Groups of channels a block takes one after another in ordered mode: each block has a slot for dB and dC."""
+    return max(1, min(4, batch * cut.blocks * cut.stretches // (2 * multiprocessors(device))))
+
+
 def shared_bytes(entry, cut, defines):
     """Bytes of shared memory of a block; the layouts stand in the kernels' `lay_out`."""
     n, size = defines["N"], 4 if defines["IO"] == 0 else 2
@@ -102,25 +107,38 @@ def shared_bytes(entry, cut, defines):
     return 4 * matrix + 2 * raw + inputs + parts + cut.block_d * (16 * row + 4 * n) + constants
 
 
-def defines(cut, u, A, B, C, z, seq, softplus, varlen, keep=False, reverse=False, wide=(True, True, True)):
+class Look(NamedTuple):
+    """What a kernel's source and its strides depend on: everything of a tensor but where it lies."""
+
+    shape: torch.Size
+    strides: tuple
+    aligned: bool  # at 16 bytes
+
+
+def look(t):
+    return None if t is None else Look(t.shape, t.stride(), t.data_ptr() % 16 == 0)
+
+
+def defines(cut, io, N, B, C, u, has_z, packed, softplus, varlen, keep=False, reverse=False, ordered=0, wide=(), big=False):
     """The macros that make a kernel from its source. wide: may the rows, B and C be read 16 bytes at a time?"""
     return {
-        "IO": _IO[u.dtype], "N": A.shape[1], "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
+        "IO": _IO[io], "N": N, "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
         "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
         "WIDE_ROWS": int(wide[0]), "WIDE_B": int(wide[1]), "WIDE_C": int(wide[2]),
-        "HAS_Z": int(z is not None), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
-        "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(seq is not None), "VARLEN": int(varlen),
-        "KEEP": int(keep), "REVERSE": int(reverse),
+        "HAS_Z": int(has_z), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
+        "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(packed), "VARLEN": int(varlen),
+        "KEEP": int(keep), "REVERSE": int(reverse), "ORDERED": ordered, "BIG_STRIDES": int(big),
     }  # fmt: skip
 
 
-def is_wide(*tensors):
-    """Whether every (..., L) tensor can be read in aligned pieces of 16 bytes along its last axis."""
-    for t in tensors:
-        if t is None:
-            continue
-        *outer, last = t.stride()
-        pieces = 16 // t.element_size()
-        if last != 1 or t.data_ptr() % 16 or any(s % pieces for s in outer):
-            return False
-    return True
+def is_wide(io, *looks):
+    """Whether every (..., L) tensor of type io can be read in aligned pieces of 16 bytes along its last axis."""
+    pieces = 16 // io.itemsize
+    return all(
+        v is None or (v.aligned and v.strides[-1] == 1 and not any(s % pieces for s in v.strides[:-1])) for v in looks
+    )
+
+
+def is_big(*looks):
+    """Whether a stride (but that of the batch) or an offset along the tokens needs more than 31 bits."""
+    return any(v is not None and any(abs(s) >= 2**31 for s in v.strides[1:]) for v in looks)

@@ -5,52 +5,36 @@ too few channels to fill the chip the sequence is cut into stretches that are sc
 `scan_summary` finds what a stretch hands to its neighbour and `scan_chain` chains these.
 """
 
-import ctypes
-import struct
+import functools
 
 import torch
 
-from mamba_fast import nvrtc
 from mamba_fast.ops.selective_scan import cuda_plan as plan
 from mamba_fast.ops.selective_scan.arguments import is_constant
+from mamba_fast.ops.selective_scan.cuda_launch import Launch, strides_of
 
 __all__ = ["CHUNK", "backward", "forward"]
 
 CHUNK = plan.CHUNK
-_POINTERS = (
-    "u delta B C z dy B_constant C_constant A D bias enter leave table dlast seq y du ddelta dz last states local "
-    "total dA dB dC dD dbias dfirst dtable"
-).split()
-_ROWS = ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz")
-_STRIDES = [f"{t}_{axis}" for t in _ROWS for axis in "bdl"] + (
-    "A_d A_n B_b B_g B_n B_l C_b C_g C_n C_l dB_slot dC_slot".split()
-)
-_INTEGERS = (
-    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch ordered"
-).split()
-_NAMES = (*_POINTERS, *_STRIDES, *_INTEGERS)
-_PARAMS = struct.Struct(f"{len(_POINTERS) + len(_STRIDES)}q{len(_INTEGERS)}i")
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows, keep):
     """y (B, D, L), last_state (rows, D, N), states (B, L / CHUNK, D, N) before each chunk of tokens."""
-    (batch, channels, seqlen), N = u.shape, A.shape[1]
-    D, delta_bias, table = (None if v is None else v.contiguous() for v in (D, delta_bias, initial_state))
-    cut = plan.cut_forward(batch, channels, seqlen, plan.spans(u, B, C)[2], u.device)
-    y = torch.empty_like(u)
-    if not varlen:
-        last = torch.empty((rows, channels, N), dtype=torch.float32, device=u.device)
-    else:  # an empty sequence keeps its state
-        last = A.new_zeros(rows, channels, N) if table is None else table.clone()
-    chunks = -(-seqlen // CHUNK) if keep else 0
-    states = torch.empty((batch, chunks, channels, N), dtype=torch.float32, device=u.device)
-    fields = _fields(cut, u, delta, A, B, C, D, z, delta_bias, table, seq) | {"chunks": chunks}
-    macros = plan.defines(cut, u, A, B, C, z, seq, softplus, varlen, keep, wide=_wide(u, delta, z, y, B=B, C=C))
-    enter = None if varlen else table
-    if cut.stretches > 1:
-        enter = _enter_stretches(cut, fields, macros, u, False, table)
-    fields |= _row_strides(y=y) | {"y": y, "last": last, "states": states, "enter": enter}
-    _launch("scan_forward", cut, macros, fields, cut.blocks, u.device)
+    (batch, channels, seqlen), N, device = u.shape, A.shape[1], u.device
+    D, delta_bias, table = _contiguous(D, delta_bias, initial_state)
+    y, last = torch.empty_like(u), _empty(device, rows, channels, N)
+    if varlen:  # an empty sequence keeps its state
+        last = last.zero_() if table is None else table.clone()
+    states = _empty(device, batch, -(-seqlen // CHUNK) if keep else 0, channels, N)
+    looks = tuple(map(plan.look, (u, delta, z, y, A, B, C)))
+    calls = _forward_calls(looks, u.dtype, seq is not None, softplus, varlen, keep, device)
+    given = {
+        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias, "table": table,
+        "seq": seq, "y": y, "last": last, "states": states, "enter": None if varlen else table,
+    }  # fmt: skip
+    if calls.summary:
+        given["enter"] = _enter_stretches(calls, given, device, "states")
+    calls.main(given)
     return y, last, states
 
 
@@ -58,119 +42,151 @@ def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
 ):
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
-    (batch, channels, seqlen), N = u.shape, A.shape[1]
-    D, delta_bias, table = (None if v is None else v.contiguous() for v in (D, delta_bias, initial_state))
-    dlast = dlast.contiguous()
-    cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], u.device)
+    D, delta_bias, table, dlast = _contiguous(D, delta_bias, initial_state, dlast)
+    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    looks = tuple(map(plan.look, (u, delta, z, dy, du, ddelta, dz, A, B, C)))
+    calls = _backward_calls(looks, u.dtype, seq is not None, softplus, varlen, ordered, u.device)
+    sums = calls.sums(u.device, D is not None, delta_bias is not None)
+    dtable = dlast.clone() if varlen else torch.empty_like(dlast)  # that of an empty sequence
+    given = {
+        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias, "table": table,
+        "seq": seq, "dy": dy, "dlast": dlast, "leave": None if varlen else dlast,
+    }  # fmt: skip
+    if calls.summary:
+        given["leave"] = _enter_stretches(calls, given | {"table": None}, u.device, "dtable")
+    given |= sums
+    given |= {"du": du, "ddelta": ddelta, "dz": dz, "states": states, "dfirst": dtable, "dtable": dtable}
+    calls.main(given)
+    dA, dB, dC, dD, dbias = calls.add_up(sums, B, C)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dtable
+
+
+def _contiguous(*tensors):
+    return (None if t is None else t.contiguous() for t in tensors)
+
+
+def _empty(device, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _enter_stretches(calls, given, device, result):
+    """(B, S, D, N): the state that enters each stretch from its left or, backward, the flow from its right."""
+    local = _empty(device, *calls.stretches)
+    total, enter = _empty(device, *calls.stretches[:3]), torch.empty_like(local)
+    given = given | {"local": local, "total": total}
+    calls.summary(given)
+    calls.chain(given | {result: enter})
+    return enter
+
+
+class _Calls:
+    """The launches of one kind of call, prepared once: kernels compiled, strides and sizes packed."""
+
+    def __init__(self, cut, u, B, C, statics, macros, reverse, entry, blocks, device):
+        batch, channels, _ = u.shape
+        self.B, self.C = ("B_constant" if is_constant(B, u) else "B"), ("C_constant" if is_constant(C, u) else "C")
+        self.stretches = (batch, cut.stretches, channels, macros["N"])
+        prepare = functools.partial(Launch, cut=cut, statics=statics, device=device)
+        self.main = prepare(entry, macros=macros, grid=batch * cut.stretches * blocks)
+        self.summary = self.chain = None
+        if cut.stretches > 1:
+            macros = macros | {"REVERSE": int(reverse), "UNROLL": 1, "KEEP": 0, "ORDERED": 0}
+            statics = statics | {"passes": 1, "blocks": cut.blocks}
+            self.summary = prepare("scan_summary", macros=macros, statics=statics, grid=batch * cut.stretches * cut.blocks)
+            chain_grid = -(-batch * channels * macros["N"] // 128)
+            self.chain = prepare("scan_chain", macros=macros | {"CHAIN": 1}, statics=statics, grid=chain_grid, threads=128)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
+    u, delta, z, y, A, B, C = looks
+    batch, channels, seqlen = u.shape
+    cut = plan.cut_forward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
+    wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
+    macros = plan.defines(
+        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide, big=plan.is_big(*looks)
+    )  # fmt: skip
+    statics = _statics(cut, u, A, B, C) | strides_of(u=u, delta=delta, z=z, y=y) | {"chunks": -(-seqlen // CHUNK)}
+    return _Calls(cut, u, B, C, statics, macros, False, "scan_forward", cut.blocks, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
+    u, delta, z, dy, du, ddelta, dz, A, B, C = looks
+    batch, channels, seqlen = u.shape
+    cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
     ordered = (1 if cut.span == channels else 2) if ordered else 0
-    passes = _passes(cut, batch, u.device) if ordered else 1
+    passes = plan.passes(cut, batch, device) if ordered else 1
     blocks = -(-cut.blocks // passes)
-    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    wide = plan.is_wide(io, *looks[:7]), plan.is_wide(io, B), plan.is_wide(io, C)
+    macros = plan.defines(
+        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, ordered=ordered, wide=wide,
+        big=plan.is_big(*looks),
+    )  # fmt: skip
+    statics = _statics(cut, u, A, B, C)
+    statics |= strides_of(u=u, delta=delta, z=z, dy=dy, du=du, ddelta=ddelta, dz=dz)
     slots = (batch * cut.stretches, blocks) if ordered else (1, 1)
-    sums = _Sums(u, A, B, C, D, delta_bias, *slots, ordered)
-    dtable = dlast.clone() if varlen else torch.empty_like(dlast)  # that of an empty sequence
-    fields = _fields(cut, u, delta, A, B, C, D, z, delta_bias, table, seq)
-    fields |= _row_strides(dy=dy, du=du, ddelta=ddelta, dz=dz) | {"dy": dy, "dlast": dlast}
-    wide = _wide(u, delta, z, dy, du, ddelta, dz, B=B, C=C)
-    macros = plan.defines(cut, u, A, B, C, z, seq, softplus, varlen, wide=wide)
-    leave = None if varlen else dlast
-    if cut.stretches > 1:
-        leave = _enter_stretches(cut, fields, macros, u, True, None)
-    fields |= sums.fields | {
-        "du": du, "ddelta": ddelta, "dz": dz, "states": states, "leave": leave, "dfirst": dtable, "dtable": dtable,
-        "chunks": states.shape[1], "passes": passes, "blocks": blocks, "ordered": ordered,
+    sums = _Sums(u, A, B, C, *slots, ordered)
+    statics |= sums.statics | {"chunks": -(-seqlen // CHUNK), "passes": passes, "blocks": blocks}
+    calls = _Calls(cut, u, B, C, statics, macros, True, "scan_backward", blocks, device)
+    calls.sums, calls.add_up = sums.memory, sums.add_up
+    return calls
+
+
+def _statics(cut, u, A, B, C):
+    """The numbers of the kernels' Params that do not change from call to call."""
+    batch, channels, seqlen = u.shape
+    B_span, C_span, span = plan.spans(u, B, C)
+    statics = {
+        "A_d": A.strides[0], "A_n": A.strides[1], "channels": channels, "seqlen": seqlen, "span": span,
+        "B_span": B_span, "C_span": C_span, "blocks": cut.blocks, "blocks_a_span": -(-span // cut.block_d),
+        "passes": 1, "stretch": cut.stretch, "stretches": cut.stretches, "batch": batch,
     }  # fmt: skip
-    _launch("scan_backward", cut, macros, fields, blocks, u.device)
-    dA, dB, dC, dD, dbias = sums.finish()
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dtable
+    for name, v in (("B", B), ("C", C)):
+        statics |= zip((f"{name}_{axis}" for axis in "bgnl"), v.strides, strict=True)
+    return statics
 
 
 class _Sums:
     """Gradients summed over blocks: added atomically to zeros, or, in order, in slots that are added up later."""
 
-    def __init__(self, u, A, B, C, D, bias, slots, matrix_slots, ordered):
-        (batch, channels, seqlen), N = u.shape, A.shape[1]
-        self.inputs, self.u, self.padded = (B, C), u, -(-seqlen // 4) * 4
-        shapes = {"dA": (slots, channels, N)}
-        for name, v in (("dB", B), ("dC", C)):
-            constant = is_constant(v, u)
-            shapes[name] = (slots, channels, N) if constant else (matrix_slots, *v.shape[:3], self.padded)
-        if D is not None:
-            shapes["dD"] = (slots, channels)
-        if bias is not None:
-            shapes["dbias"] = (slots, channels)
-        sizes = [-(-torch.Size(s).numel() // 4) * 4 for s in shapes.values()]  # each begins at 16 bytes
-        make = torch.empty if ordered == 1 else torch.zeros
-        memory = make(sum(sizes), dtype=torch.float32, device=u.device)
-        parts = memory.split(sizes)
-        self.sums = {k: p[: torch.Size(s).numel()].view(s) for (k, s), p in zip(shapes.items(), parts, strict=True)}
-        self.fields = self.sums | {"dB_slot": self.sums["dB"].stride(0), "dC_slot": self.sums["dC"].stride(0)}
-        self.fields["padded"] = self.padded
+    def __init__(self, u, A, B, C, slots, matrix_slots, ordered):
+        (_, channels, seqlen), N = u.shape, A.shape[1]
+        self.make = torch.empty if ordered == 1 else torch.zeros
+        self.constant = tuple(is_constant(v, u) for v in (B, C))
+        padded = -(-seqlen // 4) * 4
+        self.shapes = {"dA": (slots, channels, N), "dD": (slots, channels), "dbias": (slots, channels)}
+        for name, v, constant in zip(("dB", "dC"), (B, C), self.constant, strict=True):
+            self.shapes[name] = (slots, channels, N) if constant else (matrix_slots, *v.shape[:3], padded)
+        self.statics = {"padded": padded} | {f"{k}_slot": torch.Size(self.shapes[k][1:]).numel() for k in ("dB", "dC")}
+        self.laid_out = functools.cache(self._lay_out)
 
-    def finish(self):
+    def _lay_out(self, has_D, has_bias):
+        """Numbers in all, and {name: shape, strides, offset} of each sum; each begins at 16 bytes."""
+        places, end = {}, 0
+        for name, shape in self.shapes.items():
+            if (name == "dD" and not has_D) or (name == "dbias" and not has_bias):
+                continue
+            strides = torch.empty(shape, device="meta").stride()
+            skip = 1 if shape[0] == 1 else 0  # a single slot needs no axis
+            places[name] = (shape[skip:], strides[skip:], end)
+            end += -(-torch.Size(shape).numel() // 4) * 4
+        return end, places
+
+    def memory(self, device, has_D, has_bias):
+        size, places = self.laid_out(has_D, has_bias)
+        memory = self.make(size, dtype=torch.float32, device=device)
+        return {name: memory.as_strided(*place) for name, place in places.items()}
+
+    def add_up(self, sums, B, C):
         """dA, dB, dC, dD, ddelta_bias in the types and shapes of the inputs."""
-        total = {k: v[0] if v.shape[0] == 1 else v.sum(0) for k, v in self.sums.items()}
-        for name, v in zip(("dB", "dC"), self.inputs, strict=True):
+        total = {k: v.sum(0) if self.shapes[k][0] > 1 else v for k, v in sums.items()}
+        for name, v, constant in zip(("dB", "dC"), (B, C), self.constant, strict=True):
             grad = total[name]
-            total[name] = grad[None, :, :, None] if is_constant(v, self.u) else grad[..., : v.shape[3]].to(v.dtype)
+            if constant:
+                total[name] = grad[None, :, :, None]
+            else:
+                grad = grad if grad.shape[-1] == v.shape[3] else grad[..., : v.shape[3]]
+                total[name] = grad if grad.dtype == v.dtype else grad.to(v.dtype)
         return tuple(total.get(k) for k in ("dA", "dB", "dC", "dD", "dbias"))
-
-
-def _passes(cut, batch, device):
-    """Groups of channels a block takes one after another in ordered mode: each block has a slot for dB and dC."""
-    blocks = batch * cut.blocks * cut.stretches
-    return max(1, min(4, blocks // (2 * plan.multiprocessors(device))))
-
-
-def _enter_stretches(cut, fields, macros, u, reverse, table):
-    """(B, S, D, N): the state that enters each stretch from its left or, with reverse, the flow from its right."""
-    batch, channels, N = u.shape[0], u.shape[1], macros["N"]
-    local = torch.empty((batch, cut.stretches, channels, N), dtype=torch.float32, device=u.device)
-    total, enter = local.new_empty(local.shape[:3]), torch.empty_like(local)
-    macros = macros | {"REVERSE": int(reverse), "UNROLL": 1}
-    fields = fields | {"local": local, "total": total, "table": table}
-    _launch("scan_summary", cut, macros, fields, cut.blocks, u.device)
-    fields["dtable" if reverse else "states"] = enter
-    chained = {"CHAIN": 1, "VARLEN": macros["VARLEN"]}
-    grid = -(-batch * channels * N // 128)
-    _launch("scan_chain", cut, macros | chained, fields, None, u.device, grid, 128)
-    return enter
-
-
-def _fields(cut, u, delta, A, B, C, D, z, bias, table, seq):
-    """The members of the kernels' Params that the inputs give."""
-    batch, channels, seqlen = u.shape
-    B_span, C_span, span = plan.spans(u, B, C)
-    fields = {
-        "u": u, "delta": delta, "A": A, "D": D, "z": z, "bias": bias, "table": table, "seq": seq,
-        "A_d": A.stride(0), "A_n": A.stride(1), "channels": channels, "seqlen": seqlen, "span": span,
-        "B_span": B_span, "C_span": C_span, "blocks": cut.blocks, "blocks_a_span": -(-span // cut.block_d),
-        "passes": 1, "stretch": cut.stretch, "stretches": cut.stretches, "batch": batch,
-    }  # fmt: skip
-    for name, v in (("B", B), ("C", C)):
-        fields[f"{name}_constant" if is_constant(v, u) else name] = v
-        fields |= zip((f"{name}_{axis}" for axis in "bgnl"), v.stride(), strict=True)
-    return fields | _row_strides(u=u, delta=delta, z=z)
-
-
-def _row_strides(**tensors):
-    return {
-        f"{name}_{axis}": stride
-        for name, t in tensors.items()
-        if t is not None
-        for axis, stride in zip("bdl", t.stride(), strict=True)
-    }
-
-
-def _wide(*rows, B, C):
-    return plan.is_wide(*rows), plan.is_wide(B), plan.is_wide(C)
-
-
-def _launch(entry, cut, macros, fields, blocks, device, grid=None, threads=32 * plan.WARPS):
-    shared = 0 if grid else plan.shared_bytes(entry, cut, macros)
-    kernel = nvrtc.Kernel.load(plan.SOURCES[entry], macros, entry, shared, device=device.index)
-    values = [fields.get(name, 0) for name in _NAMES]
-    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
-    packed = ctypes.create_string_buffer(_PARAMS.pack(*values), _PARAMS.size)
-    kernel.launch(grid or fields["batch"] * cut.stretches * blocks, threads, packed)

@@ -43,12 +43,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
     const int t0 = begin + (REVERSE ? tiles - 1 - i : i) * TILE, t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
     float delta[STEPS], x[STEPS], total = 0;
     const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t, seqlen, w) : Cuts{};
-    load_steps(p.delta + w.b * p.delta_b + w.d * p.delta_d + t * p.delta_l, p.delta_l, left, delta);
-    if (REVERSE) load_steps(p.dy + w.b * p.dy_b + w.d * p.dy_d + t * p.dy_l, p.dy_l, left, x);
-    else load_steps(p.u + w.b * p.u_b + w.d * p.u_d + t * p.u_l, p.u_l, left, x);
+    load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
+    if (REVERSE) load_steps(row_of(p.dy, p.dy_b, p.dy_d, w.b, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);
+    else load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, x);
     if (REVERSE && HAS_Z) {
       float z[STEPS];
-      load_steps(p.z + w.b * p.z_b + w.d * p.z_d + t * p.z_l, p.z_l, left, z);
+      load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
 #pragma unroll
       for (int k = 0; k < STEPS; k++) x[k] *= z[k] * sigmoid(z[k]);
     }

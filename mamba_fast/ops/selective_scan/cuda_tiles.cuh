@@ -1,7 +1,7 @@
 // How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
 // tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
-// MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP come
-// from cuda_scan.py.
+// MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP,
+// ORDERED, BIG_STRIDES (ORDERED: 0 sums in any order, 1 in one order into fresh memory, 2 in one order onto zeros) come from cuda_plan.py.
 struct Params {
   const io_t *u, *delta, *B, *C, *z, *dy;
   const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;
@@ -12,7 +12,7 @@ struct Params {
   int64 du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l;
   int64 A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, dB_slot, dC_slot;
   int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
-  int ordered;
+  int unused;
 };
 
 constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
@@ -51,6 +51,17 @@ __device__ __forceinline__ Place find_place(const Params& p, int block, int pass
   return w;
 }
 
+// index * stride, in 64 bits: from 32-bit factors where no stride needs more.
+__device__ __forceinline__ int64 steps_of(int index, int64 stride) {
+  return BIG_STRIDES ? index * stride : (int64)index * (int)stride;
+}
+
+// The row of channel d in sequence b of a (B, D, L) tensor.
+template <typename T>
+__device__ __forceinline__ T* row_of(T* tensor, int64 stride_b, int64 stride_d, int b, int d) {
+  return tensor + b * stride_b + steps_of(d, stride_d);
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
 
 // log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1, log(1 + w) = 2 atanh(s), s = w / (2 + w) <= 1/3. The
@@ -85,7 +96,7 @@ __device__ __forceinline__ int bytes_left(int elements) { return min(max(element
 // STEPS elements of a lane, zero from number `left` on: one by one, with any stride.
 __device__ __forceinline__ void load_steps(const io_t* at, int64 stride, int left, float* out) {
 #pragma unroll
-  for (int i = 0; i < STEPS; i++) out[i] = i < left ? to_float(at[i * stride]) : 0.f;
+  for (int i = 0; i < STEPS; i++) out[i] = i < left ? to_float(at[steps_of(i, stride)]) : 0.f;
 }
 
 __device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, const float* in) {
@@ -95,7 +106,7 @@ __device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, co
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
-      if (i < left) at[i * stride] = from_float(in[i]);
+      if (i < left) at[steps_of(i, stride)] = from_float(in[i]);
   }
 }
 
@@ -112,14 +123,15 @@ __device__ __forceinline__ int slot_of(int k, int j, int c) {
 // Ask for the warp's rows of a (B, D, L) tensor, tokens t0 ... t0 + TILE.
 __device__ __forceinline__ void request_tile(uint4* slots, const io_t* tensor, int64 stride_b, int64 stride_d, int t0,
                                              const Place& w, int seqlen) {
+  constexpr int A_ROW = WIDTH > 32 ? WIDTH / 32 : 1, ROWS = WIDTH < 32 ? 32 / WIDTH : 1;  // copies a row, rows a copy
   int c0 = w.lane / WIDTH, t = t0 + w.lane % WIDTH * WIDE;
-  const io_t* at = tensor + w.b * stride_b + (w.d_block + w.warp * CHANNELS + c0) * stride_d + t;
-  int64 step = WIDTH <= 32 ? 32 / WIDTH * stride_d : (int64)(32 * WIDE);
+  const io_t* at = row_of(tensor, stride_b, stride_d, w.b, w.d_block + w.warp * CHANNELS + c0) + t;
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
     int c = (i * 32 + w.lane) / WIDTH, q = (i * 32 + w.lane) % WIDTH;
     int bytes = c < w.rows ? bytes_left(seqlen - t0 - q * WIDE) : 0;
-    copy_async(slots + slot_of(q % PARTS, q / PARTS, c), bytes > 0 ? at + i * step : tensor, bytes);
+    const io_t* from = at + steps_of(i / A_ROW * ROWS, stride_d) + i % A_ROW * 32 * WIDE;
+    copy_async(slots + slot_of(q % PARTS, q / PARTS, c), bytes > 0 ? from : tensor, bytes);
   }
 }
 
@@ -136,7 +148,7 @@ __device__ __forceinline__ void request_matrix(uint4* raw, const io_t* matrix, i
   int n = n0 + threadIdx.x / ROW_PARTS, t = t0 + threadIdx.x % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
 #pragma unroll
   for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS)
-    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS, bytes > 0 ? matrix + n * stride_n + t : matrix, bytes);
+    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS, bytes > 0 ? matrix + steps_of(n, stride_n) + t : matrix, bytes);
 }
 
 // The same rows in float32, each lane's steps in one place; with WIDE_MATRIX from `raw`, else straight from memory.
@@ -152,7 +164,7 @@ __device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, con
       spread(raw[k * THREADS], v);
     else
       for (int i = 0; i < WIDE; i++)
-        v[i] = t0 + t + i < seqlen ? to_float(matrix[(n0 + m) * stride_n + (t0 + t + i) * stride_l]) : 0.f;
+        v[i] = t0 + t + i < seqlen ? to_float(matrix[steps_of(n0 + m, stride_n) + steps_of(t0 + t + i, stride_l)]) : 0.f;
     to[m * ROW + place_of(q, j)] = make_float4(v[0], v[1], v[2], v[3]);
     if (WIDE == 8) to[m * ROW + place_of(q + 1, j)] = make_float4(v[WIDE - 4], v[WIDE - 3], v[WIDE - 2], v[WIDE - 1]);
   }
