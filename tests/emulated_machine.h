@@ -97,6 +97,7 @@ static void unpack(uint32 word, float& first, float& second) {
 static uint32 pack(float first, float second) { return from_float(first).bits | (uint32)from_float(second).bits << 16; }
 #endif
 
+static int thread_number() { return threadIdx.x; }
 static float ex2(float x) { return exp2f(x); }
 static float reciprocal(float x) { return 1.f / x; }
 // Asynchronous: nothing arrives before the wait. A copy that is not waited for is never seen.

@@ -8,27 +8,11 @@ constexpr int OUTPUTS = 2 * ROW;                     // float4s of dB and dC of 
 static_assert(OUTPUTS <= THREADS, "a thread for every four tokens of dB and dC");
 constexpr int TENSORS = 3 + HAS_Z;
 
-// (A, state entering the tile, flow entering it from the right, dA) of each channel and n; with constant B or C their
-// gradients.
-struct Memory {
-  float4* matrices;
-  uint4 *raw_B, *raw_C, *slots;
-  float4 *parts, *running;
-  float *entering, *constants;
-};
-
-__device__ __forceinline__ Memory lay_out(float4* memory, int warp) {
-  Memory m;
-  m.matrices = memory;
-  m.raw_B = reinterpret_cast<uint4*>(memory + 4 * MATRIX) + threadIdx.x;
-  m.raw_C = m.raw_B + RAW;
-  m.slots = reinterpret_cast<uint4*>(memory + 4 * MATRIX + 2 * RAW) + warp * TENSORS * SLOTS;
-  m.parts = memory + 4 * MATRIX + 2 * RAW + TENSORS * SLOTS * WARPS;
-  m.running = m.parts + 2 * WARPS * PART;
-  m.entering = reinterpret_cast<float*>(m.running + BLOCK_D * ROW_A);
-  m.constants = m.entering + BLOCK_D * N;
-  return m;
-}
+// Then the shared memory of a block holds, in float4s: delta, u, dy and z of each warp, dB and dC of each warp (two
+// buffers), (A, state entering the tile, flow entering it from the right, dA) of each channel and n; in floats: the
+// states entering the next tile, dD and ddelta_bias of each channel, and the gradients of a constant B and C.
+constexpr int ALL_PARTS = ROWS + TENSORS * SLOTS * WARPS, RUNNING = ALL_PARTS + 2 * WARPS * PART;
+constexpr int ENTERING = 4 * (RUNNING + BLOCK_D * ROW_A), SUMS = ENTERING + BLOCK_D * N, CONSTANTS = SUMS + 2 * BLOCK_D;
 
 // The inputs of a lane's steps, and what they have gathered from the states so far.
 struct Steps {
@@ -45,7 +29,7 @@ __device__ __forceinline__ float sum_lanes(float v) {
 // State n of a tile in one warp. Leaves dB and dC of its steps in `part`.
 template <bool CUT>
 __device__ __forceinline__ void one_state(const Params& p, const Place& w, const Cuts& cut, Steps& s, float4* running,
-                                          const float4* const* rows, int m, int n, float4* part, float* constants,
+                                          const float4* const* rows, int n, float4* part, float* constants,
                                           const int* seq) {
   const int64 table_row = (int64)p.channels * N, table_at = (int64)w.d * N + n;
   const float4 state = *running;
@@ -56,7 +40,7 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
   auto row = [&](bool of_C, int q, float* out) {
     float4 v = (of_C ? C_CONSTANT : B_CONSTANT) ? (of_C ? make_float4(C_here, C_here, C_here, C_here)
                                                         : make_float4(B_here, B_here, B_here, B_here))
-                                                : rows[q][m * ROW + (of_C ? MATRIX : 0)];
+                                                : rows[q][of_C ? MATRIX : 0];
     out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
   };
   // The gradient of y_t: C_t dy_t, and where a sequence ends what its last state was worth.
@@ -169,33 +153,32 @@ struct Share {
   bool here;
 };
 
-__device__ __forceinline__ Share find_share(const Params& p, const Place& w, const float4* parts, int slot) {
+__device__ __forceinline__ Share find_share(const Params& p, float4* memory, const Block& k, int slot) {
   constexpr int GROUP = 8 / CHANNELS > 0 ? 8 / CHANNELS : 1;
-  const int out = threadIdx.x, of_C = out / ROW, q = out % ROW / LANES, j = out % LANES;
-  const int span = of_C ? p.C_span : p.B_span, groups = p.channels / span, group = min(w.d_block, p.channels - 1) / span;
+  const int out = thread_number(), of_C = out / ROW, q = out % ROW / LANES, j = out % LANES;
+  const int span = of_C ? p.C_span : p.B_span, groups = p.channels / span, group = min(k.d_block, p.channels - 1) / span;
   Share s;
   s.t = j * STEPS + 4 * q;
   s.turn = j / GROUP % CHANNELS;
-  s.from = parts + of_C * (PART / 2) + q * 32 + j * CHANNELS;
-  s.to = (of_C ? p.dC + slot * p.dC_slot : p.dB + slot * p.dB_slot) + ((int64)w.b * groups + group) * N * p.padded + s.t;
+  s.from = memory + ALL_PARTS + of_C * (PART / 2) + q * 32 + j * CHANNELS;
+  s.to = (of_C ? p.dC + slot * p.dC_slot : p.dB + slot * p.dB_slot) + ((int64)k.b * groups + group) * N * p.padded + s.t;
   s.here = out < OUTPUTS && !(of_C ? C_CONSTANT : B_CONSTANT);
   return s;
 }
 
-__device__ __forceinline__ void add_matrices(const Params& p, const Share& s, int phase, int n, int t0, bool fresh) {
-  if (!s.here || t0 + s.t >= p.seqlen) return;
-  float4 sum = s.from[phase + s.turn];
+// To p.dB and p.dC at `to`, in any order (ORDERED 0), or by the one thread that writes there.
+__device__ __forceinline__ void add_matrices(const float4* from, int turn, float* to, bool fresh) {
+  float4 sum = from[turn];
 #pragma unroll
   for (int e = 0; e < CHANNELS; e++)
 #pragma unroll
     for (int v = e == 0; v < WARPS; v++) {
-      float4 one = s.from[phase + (e ^ s.turn) + v * PART];
+      float4 one = from[(e ^ turn) + v * PART];
       sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
     }
-  float* to = s.to + (n * p.padded + t0);
   if (!ORDERED) {
     add_global(to, sum);
-  } else {  // this thread alone writes here: the same order in every run
+  } else {
     float4* own = reinterpret_cast<float4*>(to);
     if (!fresh) sum.x += own->x, sum.y += own->y, sum.z += own->z, sum.w += own->w;
     *own = sum;
@@ -203,9 +186,9 @@ __device__ __forceinline__ void add_matrices(const Params& p, const Share& s, in
 }
 
 // The sums over n become du, ddelta and dz of a lane's steps. slots: u, delta, dy and z of the tile once more.
-__device__ __forceinline__ void finish_tile(const Params& p, const Place& w, const Steps& s, const uint4* slots, int t,
-                                            int left, float bias, float skip, float& dbias) {
-  float in[STEPS], out[STEPS];
+__device__ __forceinline__ float finish_tile(const Params& p, const Place& w, const Steps& s, const uint4* slots, int t, int left) {
+  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
+  float in[STEPS], out[STEPS], dbias = 0.f;
   auto again = [&](int slot, const io_t* tensor, int64 stride_b, int64 stride_d, int64 stride_l, float* to) {
     if (WIDE_ROWS) receive_tile(slots + slot * SLOTS, w, to);
     else load_steps(row_of(tensor, stride_b, stride_d, w.b, w.d) + steps_of(t, stride_l), stride_l, left, to);
@@ -232,4 +215,5 @@ __device__ __forceinline__ void finish_tile(const Params& p, const Place& w, con
     if (i < left) dbias += out[i];
   }
   store_steps(row_of(p.ddelta, p.ddelta_b, p.ddelta_d, w.b, w.d) + steps_of(t, p.ddelta_l), p.ddelta_l, left, out);
+  return dbias;
 }

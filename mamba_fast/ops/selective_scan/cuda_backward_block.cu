@@ -32,7 +32,10 @@ __device__ __forceinline__ void receive_inputs(const Params& p, const Place& w, 
   }
 }
 
-__device__ __forceinline__ void begin_tile(Steps& s, int left, float bias, float skip, float& dD) {
+// Delta, Delta u, D u and the sum of Delta; returns what the steps give to dD.
+__device__ __forceinline__ float begin_tile(const Params& p, const Place& w, Steps& s, int left) {
+  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
+  float dD = 0.f;
   s.total = 0;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) s.delta[i] = SOFTPLUS ? softplus(s.delta[i] + bias) : s.delta[i] + bias;
@@ -49,109 +52,125 @@ __device__ __forceinline__ void begin_tile(Steps& s, int left, float bias, float
     s.total += s.delta[i];
     s.gB[i] = s.ddelta[i] = 0;
   }
+  return dD;
 }
 
 // What a block has gathered over its tokens: sums over tokens for each channel, the flow before the first token.
-__device__ __forceinline__ void finish_block(const Params& p, const Place& w, const float4* running, const float* constants,
-                                             float dD, float dbias) {
-  const int64 row = (int64)p.channels * N, slot = ORDERED ? w.b * p.stretches + w.stretch : 0;
+__device__ __forceinline__ void finish_block(const Params& p, const Block& k, const float4* memory) {
+  const Place w = find_place(p, k);
+  const float* numbers = reinterpret_cast<const float*>(memory);
+  const float4* running = memory + RUNNING + w.local * ROW_A;
+  const int64 row = (int64)p.channels * N, slot = ORDERED ? k.b * p.stretches + k.stretch : 0;
   auto add = [&](float* to, float v) {
     if (ORDERED) *to = v;
     else atomicAdd(to, v);
   };
-  dD = sum_lanes(dD);
-  dbias = sum_lanes(dbias);
   __syncwarp();
   if (!w.here) return;
-  if (w.j == 0 && p.D) add(p.dD + slot * p.channels + w.d, dD);
-  if (w.j == 0 && p.bias) add(p.dbias + slot * p.channels + w.d, dbias);
+  if (w.j == 0 && p.D) add(p.dD + slot * p.channels + w.d, numbers[SUMS + 2 * w.local]);
+  if (w.j == 0 && p.bias) add(p.dbias + slot * p.channels + w.d, numbers[SUMS + 2 * w.local + 1]);
   for (int n = w.j; n < N; n += LANES) {
     const int64 at = (int64)w.d * N + n;
     add(p.dA + slot * row + at, running[n].w);
-    if (B_CONSTANT) add(p.dB + slot * row + at, constants[2 * n]);
-    if (C_CONSTANT) add(p.dC + slot * row + at, constants[2 * n + 1]);
-    if (!VARLEN && w.stretch == 0) p.dfirst[w.b * row + at] = running[n].z;
+    if (B_CONSTANT) add(p.dB + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n)]);
+    if (C_CONSTANT) add(p.dC + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n) + 1]);
+    if (!VARLEN && k.stretch == 0) p.dfirst[k.b * row + at] = running[n].z;
+  }
+}
+
+// Rows n0 ... n0 + STAGED of a tile, one after another; dB and dC of each to global memory.
+template <bool CUT>
+__device__ __forceinline__ void walk_states(const Params& p, float4* memory, const Block& k, const Place& w, const Cuts& cut,
+                                            Steps& steps, const float4* matrices, int n0, int t0, int& phase, bool fresh) {
+  const Share share = find_share(p, memory, k, ORDERED ? blockIdx.x % p.blocks : 0);
+  const int* seq = PACKED ? p.seq + (int64)w.b * p.seqlen + t0 + w.j * STEPS : nullptr;
+  const bool adds = share.here && t0 + share.t < p.seqlen;
+  const float4* rows[QUADS];
+#pragma unroll
+  for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j);
+  float4* running = memory + RUNNING + w.local * ROW_A + n0;
+  float4* part = memory + ALL_PARTS + w.warp * PART + w.lane;
+  float* constants = reinterpret_cast<float*>(memory) + CONSTANTS + 2 * (w.local * N + n0);
+  float* to = share.to + (int64)n0 * p.padded + t0;
+#pragma unroll UNROLL
+  for (int m = 0; m < STAGED; m++) {
+    if (N % STAGED && n0 + m >= N) break;
+    one_state<CUT>(p, w, cut, steps, running, rows, n0 + m, part + phase, constants, seq);
+    if (!B_CONSTANT || !C_CONSTANT) {
+      __syncthreads();
+      if (adds) add_matrices(share.from + phase, share.turn, to, fresh);
+      phase ^= WARPS * PART;
+    }
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) rows[q] += ROW;
+    running++;
+    constants += 2;
+    to += p.padded;
   }
 }
 
 __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) {
-  const Place w = find_place(p, blockIdx.x, pass);
-  const Memory s = lay_out(memory, w.warp);
-  const int seqlen = p.seqlen, begin = w.stretch * p.stretch, end = min(begin + p.stretch, seqlen);
-  const io_t* B = B_CONSTANT ? nullptr : p.B + w.b * p.B_b + min(w.d_block, p.channels - 1) / p.B_span * p.B_g;
-  const io_t* C = C_CONSTANT ? nullptr : p.C + w.b * p.C_b + min(w.d_block, p.channels - 1) / p.C_span * p.C_g;
-  auto request_matrices = [&](int n0, int t0) {
-    if (!B_CONSTANT && WIDE_B) request_matrix(s.raw_B, B, p.B_n, n0, t0, seqlen);
-    if (!C_CONSTANT && WIDE_C) request_matrix(s.raw_C, C, p.C_n, n0, t0, seqlen);
-  };
-  int t0 = begin + (end - begin - 1) / TILE * TILE, buffer = 0, phase = 0;
-  request_inputs(p, w, s.slots, t0);
-  request_matrices(0, t0);
-  request_states(p, w, s.entering, t0);
-  for (int k = threadIdx.x; k < BLOCK_D * N; k += THREADS) {
-    int64 d = min(w.d_block + k / N, p.channels - 1), n = k % N;
-    float flow = p.leave ? p.leave[(((int64)w.b * p.stretches + w.stretch) * p.channels + d) * N + n] : 0.f;
-    s.running[k / N * ROW_A + n] = make_float4(p.A[d * p.A_d + n * p.A_n], 0.f, flow, 0.f);
-    if (B_CONSTANT || C_CONSTANT) s.constants[2 * k] = s.constants[2 * k + 1] = 0.f;
+  find_block(p, pass, memory);
+  const Block& k = block_in(memory);
+  float* numbers = reinterpret_cast<float*>(memory);
+  int t0 = k.begin + (k.end - k.begin - 1) / TILE * TILE, buffer = 0, phase = 0;
+  {
+    const Place w = find_place(p, k);
+    request_inputs(p, w, reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t0);
+    request_matrices(p, memory, k, 0, t0);
+    request_states(p, w, numbers + ENTERING, t0);
   }
+  for (int i = threadIdx.x; i < BLOCK_D * N; i += THREADS) {
+    const int64 d = min(k.d_block + i / N, p.channels - 1), n = i % N;
+    const float flow = p.leave ? p.leave[(((int64)k.b * p.stretches + k.stretch) * p.channels + d) * N + n] : 0.f;
+    memory[RUNNING + i / N * ROW_A + n] = make_float4(p.A[d * p.A_d + n * p.A_n], 0.f, flow, 0.f);
+    if (B_CONSTANT || C_CONSTANT) numbers[CONSTANTS + 2 * i] = numbers[CONSTANTS + 2 * i + 1] = 0.f;
+  }
+  for (int i = threadIdx.x; i < 2 * BLOCK_D; i += THREADS) numbers[SUMS + i] = 0.f;
   __syncthreads();
-  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
-  const Share share = find_share(p, w, s.parts, ORDERED ? blockIdx.x % p.blocks : 0);
-  float dD = 0.f, dbias = 0.f;
-  float4* running = s.running + w.local * ROW_A;
-  float* constants = s.constants + 2 * w.local * N;
 #pragma unroll 1
-  for (; t0 >= begin; t0 -= TILE) {
+  for (; t0 >= k.begin; t0 -= TILE) {
     Steps steps;
-    const int t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
-    const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t, seqlen, w) : Cuts{};
-    const int* seq = PACKED ? p.seq + (int64)w.b * seqlen + t : nullptr;
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
-      float4* matrices = s.matrices + buffer * 2 * MATRIX;
+      const Place w = find_place(p, k);
+      const int t = t0 + w.j * STEPS, left = w.here ? p.seqlen - t : 0;
+      float4* matrices = memory + MATRICES + buffer * 2 * MATRIX;
       buffer ^= 1;
       wait_async();
-      if (!B_CONSTANT) convert_matrix<WIDE_B>(matrices, s.raw_B, B, p.B_n, p.B_l, n0, t0, seqlen);
-      if (!C_CONSTANT) convert_matrix<WIDE_C>(matrices + MATRIX, s.raw_C, C, p.C_n, p.C_l, n0, t0, seqlen);
+      convert_matrices(p, memory, matrices, k, n0, t0);
       __syncwarp();
       if (n0 == 0) {
-        receive_inputs(p, w, s.slots, t, left, steps);
-        for (int n = w.j; n < N; n += LANES) running[n].y = s.entering[w.local * N + n];
+        receive_inputs(p, w, reinterpret_cast<const uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t, left, steps);
+        for (int n = w.j; n < N; n += LANES) memory[RUNNING + w.local * ROW_A + n].y = numbers[ENTERING + w.local * N + n];
         __syncwarp();
       }
-      if (n0 + STAGED < N) request_matrices(n0 + STAGED, t0);
-      else if (t0 > begin) request_matrices(0, t0 - TILE);
+      if (n0 + STAGED < N) request_matrices(p, memory, k, n0 + STAGED, t0);
+      else if (t0 > k.begin) request_matrices(p, memory, k, 0, t0 - TILE);
       if (n0 == 0) {
-        request_inputs(p, w, s.slots, t0);  // once more, for the end of the tile
-        if (t0 > begin) request_states(p, w, s.entering, t0 - TILE);
-        begin_tile(steps, left, bias, skip, dD);
+        // Once more, for the end of the tile.
+        request_inputs(p, w, reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t0);
+        if (t0 > k.begin) request_states(p, w, numbers + ENTERING, t0 - TILE);
+        const float dD = sum_lanes(begin_tile(p, w, steps, left));
+        if (w.j == 0) numbers[SUMS + 2 * w.local] += dD;
       }
       __syncthreads();
-      const float4* rows[QUADS];
-#pragma unroll
-      for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j);
-#pragma unroll UNROLL
-      for (int m = 0; m < STAGED; m++) {
-        const int n = n0 + m;
-        if (N % STAGED && n >= N) break;
-        float4* part = s.parts + phase + w.warp * PART + w.lane;
-        if (PACKED && cut.any) one_state<true>(p, w, cut, steps, running + n, rows, m, n, part, constants + 2 * n, seq);
-        else one_state<false>(p, w, cut, steps, running + n, rows, m, n, part, constants + 2 * n, seq);
-        if (!B_CONSTANT || !C_CONSTANT) {
-          __syncthreads();
-          add_matrices(p, share, phase, n, t0, pass == 0 && ORDERED == 1);
-          phase ^= WARPS * PART;
-        }
-      }
+      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t, p.seqlen, w) : Cuts{};
+      const bool fresh = pass == 0 && ORDERED == 1;
+      if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);
+      else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);
     }
     wait_async();
     __syncwarp();
-    finish_tile(p, w, steps, s.slots, t, left, bias, skip, dbias);
+    const Place w = find_place(p, k);
+    const int t = t0 + w.j * STEPS;
+    uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS;
+    const float dbias = sum_lanes(finish_tile(p, w, steps, slots, t, w.here ? p.seqlen - t : 0));
+    if (w.j == 0) numbers[SUMS + 2 * w.local + 1] += dbias;
     __syncwarp();
-    if (t0 > begin) request_inputs(p, w, s.slots, t0 - TILE);
+    if (t0 > k.begin) request_inputs(p, w, slots, t0 - TILE);
   }
-  finish_block(p, w, running, constants, dD, dbias);
-  __syncthreads();
+  finish_block(p, k, memory);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const __grid_constant__ Params p) {

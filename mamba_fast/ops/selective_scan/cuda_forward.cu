@@ -7,32 +7,18 @@ struct Run {
   float a[STEPS], x[STEPS], h;
 };
 
-// The shared memory of a block: B and C in float32 (two buffers), B and C on their way, delta, u and z of each warp,
-// and (A log2 e, running state) of each channel and n.
-struct Memory {
-  float4* matrices;
-  uint4 *raw_B, *raw_C, *slots;
-  float2* running;
-};
-
-__device__ __forceinline__ Memory lay_out(float4* memory, int warp) {
-  Memory m;
-  m.matrices = memory;
-  m.raw_B = reinterpret_cast<uint4*>(memory + 4 * MATRIX) + threadIdx.x;
-  m.raw_C = m.raw_B + RAW;
-  m.slots = reinterpret_cast<uint4*>(memory + 4 * MATRIX + 2 * RAW) + warp * 3 * SLOTS;
-  m.running = reinterpret_cast<float2*>(memory + 4 * MATRIX + 2 * RAW + 3 * SLOTS * WARPS);
-  return m;
-}
+// Then the shared memory of a block holds delta, u and z of each warp, and (A log2 e, running state) of each channel
+// and n.
+constexpr int RUNNING = ROWS + 3 * SLOTS * WARPS;
 
 template <bool CUT>
-__device__ __forceinline__ void first_run(Run& run, const float4* const* rows, int m, float2* running, const float* delta,
+__device__ __forceinline__ void first_run(Run& run, const float4* const* rows, float2* running, const float* delta,
                                           const float* du, float total, float B_here, const Cuts& cut, const float* table,
                                           const int* seq, int64 table_row, const Place& w) {
   float A2 = running->x, carry = running->y, decay = ex2(A2 * total), h = w.j == 0 ? carry : 0.f;
 #pragma unroll
   for (int q = 0; q < QUADS; q++) {
-    float4 v = B_CONSTANT ? make_float4(B_here, B_here, B_here, B_here) : rows[q][m * ROW];
+    float4 v = B_CONSTANT ? make_float4(B_here, B_here, B_here, B_here) : rows[q][0];
     run.x[4 * q] = v.x * du[4 * q];
     run.x[4 * q + 1] = v.y * du[4 * q + 1];
     run.x[4 * q + 2] = v.z * du[4 * q + 2];
@@ -64,12 +50,12 @@ __device__ __forceinline__ void first_run(Run& run, const float4* const* rows, i
 }
 
 template <bool CUT>
-__device__ __forceinline__ void second_run(Run& run, const float4* const* rows, int m, float* y, float C_here,
+__device__ __forceinline__ void second_run(Run& run, const float4* const* rows, float* y, float C_here,
                                            const Cuts& cut, float* last, const int* seq, int64 table_row) {
   float h = run.h;
 #pragma unroll
   for (int q = 0; q < QUADS; q++) {
-    float4 v = C_CONSTANT ? make_float4(C_here, C_here, C_here, C_here) : rows[q][m * ROW + MATRIX];
+    float4 v = C_CONSTANT ? make_float4(C_here, C_here, C_here, C_here) : rows[q][MATRIX];
     float Cs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -89,6 +75,7 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
   const float4* rows[QUADS];
 #pragma unroll
   for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j);
+  running += n0;
   const int64 at = ((int64)w.b * p.chunks + t / CHUNK) * p.channels + w.d, table_row = (int64)p.channels * N;
   float* states = KEEP ? p.states + at * N + n0 : nullptr;
   const int64 table_at = (int64)w.d * N + n0;
@@ -99,97 +86,115 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
     Run run;
     float B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + (n0 + m) * p.B_n] : 0.f;
     float C_here = C_CONSTANT ? p.C_constant[w.d * p.C_g + (n0 + m) * p.C_n] : 0.f;
-    first_run<CUT>(run, rows, m, running + n0 + m, delta, du, total, B_here, cut,
+    first_run<CUT>(run, rows, running, delta, du, total, B_here, cut,
                    VARLEN && p.table ? p.table + table_at + m : nullptr, seq, table_row, w);
-    if (keep) states[m] = run.h;
-    second_run<CUT>(run, rows, m, y, C_here, cut, VARLEN && w.here ? p.last + table_at + m : nullptr, seq, table_row);
+    if (keep) *states = run.h;
+    second_run<CUT>(run, rows, y, C_here, cut, VARLEN && w.here ? p.last + table_at + m : nullptr, seq, table_row);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) rows[q] += ROW;
+    running++;
+    states++;
   }
+}
+
+// delta, u and z of a warp's tile, in its slots.
+__device__ __forceinline__ void request_rows(const Params& p, float4* memory, const Place& w, int t0) {
+  if (!WIDE_ROWS) return;
+  uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * 3 * SLOTS;
+  request_tile(slots, p.delta, p.delta_b, p.delta_d, t0, w, p.seqlen);
+  request_tile(slots + SLOTS, p.u, p.u_b, p.u_d, t0, w, p.seqlen);
+}
+
+// Delta, Delta u, D u and the sum of Delta of a lane's steps.
+__device__ __forceinline__ float begin_tile(const Params& p, const Place& w, int left, float* delta, float* du, float* y) {
+  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) delta[i] = SOFTPLUS ? softplus(delta[i] + bias) : delta[i] + bias;
+  if (left < STEPS) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++)
+      if (i >= left) delta[i] = 0.f;  // a decay of one: the state stays
+  }
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) du[i] = delta[i] * y[i], y[i] *= skip, total += delta[i];
+  return total;
+}
+
+__device__ __forceinline__ void end_tile(const Params& p, float4* memory, const Place& w, int t, int left, float* y) {
+  if (HAS_Z) {
+    float z[STEPS];
+    if (WIDE_ROWS) {
+      wait_async();
+      __syncwarp();
+      receive_tile(reinterpret_cast<const uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, w, z);
+    } else {
+      load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) y[i] *= z[i] * sigmoid(z[i]);
+  }
+  store_steps(row_of(p.y, p.y_b, p.y_d, w.b, w.d) + steps_of(t, p.y_l), p.y_l, left, y);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const __grid_constant__ Params p) {
   extern __shared__ float4 memory[];
-  const Place w = find_place(p, blockIdx.x, 0);
-  const Memory s = lay_out(memory, w.warp);
-  const int seqlen = p.seqlen, begin = w.stretch * p.stretch, end = min(begin + p.stretch, seqlen);
-  const io_t* B = B_CONSTANT ? nullptr : p.B + w.b * p.B_b + w.d_block / p.B_span * p.B_g;
-  const io_t* C = C_CONSTANT ? nullptr : p.C + w.b * p.C_b + w.d_block / p.C_span * p.C_g;
-  auto request_rows = [&](int t0) {
-    if (!WIDE_ROWS) return;
-    request_tile(s.slots, p.delta, p.delta_b, p.delta_d, t0, w, seqlen);
-    request_tile(s.slots + SLOTS, p.u, p.u_b, p.u_d, t0, w, seqlen);
-  };
-  auto request_matrices = [&](int n0, int t0) {
-    if (!B_CONSTANT && WIDE_B) request_matrix(s.raw_B, B, p.B_n, n0, t0, seqlen);
-    if (!C_CONSTANT && WIDE_C) request_matrix(s.raw_C, C, p.C_n, n0, t0, seqlen);
-  };
-  request_rows(begin);
-  request_matrices(0, begin);
-  for (int k = threadIdx.x; k < BLOCK_D * N; k += THREADS) {
-    int64 d = min(w.d_block + k / N, p.channels - 1), n = k % N;
-    float h = p.enter ? p.enter[(((int64)w.b * p.stretches + w.stretch) * p.channels + d) * N + n] : 0.f;
-    s.running[k / N * ROW_A + n] = make_float2(p.A[d * p.A_d + n * p.A_n] * LOG2E, h);
+  find_block(p, 0, memory);
+  const Block& k = block_in(memory);
+  float2* running = reinterpret_cast<float2*>(memory + RUNNING);
+  request_rows(p, memory, find_place(p, k), k.begin);
+  request_matrices(p, memory, k, 0, k.begin);
+  for (int i = threadIdx.x; i < BLOCK_D * N; i += THREADS) {
+    const int64 d = min(k.d_block + i / N, p.channels - 1), n = i % N;
+    const float h = p.enter ? p.enter[(((int64)k.b * p.stretches + k.stretch) * p.channels + d) * N + n] : 0.f;
+    running[i / N * ROW_A + n] = make_float2(p.A[d * p.A_d + n * p.A_n] * LOG2E, h);
   }
-  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
-  float2* running = s.running + w.local * ROW_A;
   int buffer = 0;
 #pragma unroll 1
-  for (int t0 = begin; t0 < end; t0 += TILE) {
-    float delta[STEPS], du[STEPS], y[STEPS], total = 0;
-    const int t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
-    const bool more = t0 + TILE < end, keep = KEEP && t % CHUNK == 0 && left > 0;
-    const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t, seqlen, w) : Cuts{};
+  for (int t0 = k.begin; t0 < k.end; t0 += TILE) {
+    float delta[STEPS], du[STEPS], y[STEPS], total;
+    const bool more = t0 + TILE < k.end;
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
-      float4* matrices = s.matrices + buffer * 2 * MATRIX;
+      const Place w = find_place(p, k);
+      const int t = t0 + w.j * STEPS, left = w.here ? p.seqlen - t : 0;
+      float4* matrices = memory + MATRICES + buffer * 2 * MATRIX;
       buffer ^= 1;
       wait_async();
-      if (!B_CONSTANT) convert_matrix<WIDE_B>(matrices, s.raw_B, B, p.B_n, p.B_l, n0, t0, seqlen);
-      if (!C_CONSTANT) convert_matrix<WIDE_C>(matrices + MATRIX, s.raw_C, C, p.C_n, p.C_l, n0, t0, seqlen);
+      convert_matrices(p, memory, matrices, k, n0, t0);
       __syncwarp();
       if (n0 == 0) {
         if (WIDE_ROWS) {
-          receive_tile(s.slots, w, delta);
-          receive_tile(s.slots + SLOTS, w, y);
+          const uint4* slots = reinterpret_cast<const uint4*>(memory + ROWS) + w.warp * 3 * SLOTS;
+          receive_tile(slots, w, delta);
+          receive_tile(slots + SLOTS, w, y);
         } else {
           load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
           load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, y);
         }
         __syncwarp();
       }
-      if (n0 + STAGED < N) request_matrices(n0 + STAGED, t0);
-      else if (more) request_matrices(0, t0 + TILE);
+      if (n0 + STAGED < N) request_matrices(p, memory, k, n0 + STAGED, t0);
+      else if (more) request_matrices(p, memory, k, 0, t0 + TILE);
       if (n0 == 0) {
-        if (HAS_Z && WIDE_ROWS) request_tile(s.slots + 2 * SLOTS, p.z, p.z_b, p.z_d, t0, w, seqlen);
-        if (more) request_rows(t0 + TILE);
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) delta[i] = SOFTPLUS ? softplus(delta[i] + bias) : delta[i] + bias;
-        if (left < STEPS) {
-#pragma unroll
-          for (int i = 0; i < STEPS; i++)
-            if (i >= left) delta[i] = 0.f;  // a decay of one: the state stays
-        }
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) du[i] = delta[i] * y[i], y[i] *= skip, total += delta[i];
+        if (HAS_Z && WIDE_ROWS)
+          request_tile(reinterpret_cast<uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, p.z, p.z_b, p.z_d, t0, w, p.seqlen);
+        if (more) request_rows(p, memory, w, t0 + TILE);
+        total = begin_tile(p, w, left, delta, du, y);
       }
       __syncthreads();
-      if (PACKED && cut.any) scan_states<true>(p, matrices, running, n0, t, w, cut, keep, delta, du, total, y);
-      else scan_states<false>(p, matrices, running, n0, t, w, cut, keep, delta, du, total, y);
+      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t, p.seqlen, w) : Cuts{};
+      const bool keep = KEEP && t % CHUNK == 0 && left > 0;
+      if (PACKED && cut.any) scan_states<true>(p, matrices, running + w.local * ROW_A, n0, t, w, cut, keep, delta, du, total, y);
+      else scan_states<false>(p, matrices, running + w.local * ROW_A, n0, t, w, cut, keep, delta, du, total, y);
     }
-    if (HAS_Z) {
-      float z[STEPS];
-      if (WIDE_ROWS) {
-        wait_async();
-        __syncwarp();
-        receive_tile(s.slots + 2 * SLOTS, w, z);
-      } else {
-        load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
-      }
-#pragma unroll
-      for (int i = 0; i < STEPS; i++) y[i] *= z[i] * sigmoid(z[i]);
-    }
-    store_steps(row_of(p.y, p.y_b, p.y_d, w.b, w.d) + steps_of(t, p.y_l), p.y_l, left, y);
+    const Place w = find_place(p, k);
+    const int t = t0 + w.j * STEPS;
+    end_tile(p, memory, w, t, w.here ? p.seqlen - t : 0, y);
   }
   __syncwarp();
-  if (!VARLEN && w.here && end == seqlen)
-    for (int n = w.j; n < N; n += LANES) p.last[((int64)w.b * p.channels + w.d) * N + n] = running[n].y;
+  const Place w = find_place(p, k);
+  if (!VARLEN && w.here && k.end == p.seqlen)
+    for (int n = w.j; n < N; n += LANES)
+      p.last[((int64)w.b * p.channels + w.d) * N + n] = running[w.local * ROW_A + n].y;
 }

@@ -59,6 +59,13 @@ __device__ __forceinline__ uint32 pack(float first, float second) {
   return word;
 }
 
+// The thread's number, read anew: what follows from it need not live in registers from one use to the next.
+__device__ __forceinline__ int thread_number() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 __device__ __forceinline__ float ex2(float x) {  // 2^x, good to 2 in the last place
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

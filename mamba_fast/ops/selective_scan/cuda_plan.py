@@ -62,7 +62,8 @@ def cut_forward(batch, channels, seqlen, span, device):
     """Many channels: few lanes each, so that B and C serve several channels and the scan over lanes is short."""
     rows, short = batch * channels, seqlen <= 256
     lanes = 8 if rows >= 8192 or short else 16 if rows >= 3072 or seqlen <= 512 else 32
-    return _cut(lanes, 16, 2048, 4 if lanes == 8 else 3, 4, batch, channels, seqlen, span, device)
+    min_blocks, unroll = (3, 2) if lanes == 32 else (4, 1)
+    return _cut(lanes, 16, 2048, min_blocks, unroll, batch, channels, seqlen, span, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,18 +94,21 @@ def shared_bytes(entry, cut, defines):
     n, size = defines["N"], 4 if defines["IO"] == 0 else 2
     threads, channels, wide = 32 * WARPS, 32 // cut.lanes, 16 // size
     staged = min(max(cut.stage // cut.tile, 1), n)
-    matrix = staged * cut.tile * 4
+    matrix, block = staged * cut.tile * 4, 32
     passes = -(-staged // (threads // (cut.tile // wide)))
-    raw, slots = passes * threads * 16, 32 * (cut.steps // wide) * WARPS * 16
+    parts_a_lane = cut.steps // wide
+    near = 8 // min(channels, 8) * parts_a_lane
+    pitch = cut.lanes * parts_a_lane + (0 if channels == 1 else near if near < 8 else 1)
+    raw, slots = passes * threads * 16, channels * pitch * WARPS * 16
     row = n + (channels > 1)
     if entry == "scan_forward":
-        return 4 * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
+        return block + 4 * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
     if entry == "scan_summary":
-        return 2 * matrix + cut.block_d * row * 8
+        return block + matrix + cut.block_d * row * 8
     parts = 2 * WARPS * 2 * (cut.steps // 4) * 32 * 16
     constants = 8 * cut.block_d * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
     inputs = (3 + defines["HAS_Z"]) * slots
-    return 4 * matrix + 2 * raw + inputs + parts + cut.block_d * (16 * row + 4 * n) + constants
+    return block + 4 * matrix + 2 * raw + inputs + parts + cut.block_d * (16 * row + 4 * n + 8) + constants
 
 
 class Look(NamedTuple):

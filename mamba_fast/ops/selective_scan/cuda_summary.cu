@@ -25,14 +25,17 @@ extern "C" __global__ void __launch_bounds__(128) scan_chain(const __grid_consta
 // Forward: the end state of a stretch from zero. REVERSE: A_bar g at its start from zero flow, x = dy and M = C.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(const __grid_constant__ Params p) {
   extern __shared__ float4 memory[];
-  const Place w = find_place(p, blockIdx.x, 0);
-  float2* running = reinterpret_cast<float2*>(memory + 2 * MATRIX) + w.local * ROW_A;  // (A log2 e, running value)
-  const int seqlen = p.seqlen, begin = w.stretch * p.stretch, end = min(begin + p.stretch, seqlen);
+  find_block(p, 0, memory);
+  const Block& block = block_in(memory);
+  const Place w = find_place(p, block);
+  float4* matrix = memory + BLOCK_SIZE;
+  float2* running = reinterpret_cast<float2*>(matrix + MATRIX) + w.local * ROW_A;  // (A log2 e, running value)
+  const int seqlen = p.seqlen, begin = block.begin, end = block.end;
   constexpr bool M_CONSTANT = REVERSE ? C_CONSTANT : B_CONSTANT;
   const int64 M_n = REVERSE ? p.C_n : p.B_n, M_l = REVERSE ? p.C_l : p.B_l;
   const io_t* M = M_CONSTANT ? nullptr
-                  : REVERSE  ? p.C + w.b * p.C_b + w.d_block / p.C_span * p.C_g
-                             : p.B + w.b * p.B_b + w.d_block / p.B_span * p.B_g;
+                  : REVERSE  ? matrix_of(p.C, p.C_b, p.C_g, p.C_span, block)
+                             : matrix_of(p.B, p.B_b, p.B_g, p.B_span, block);
   for (int n = w.j; n < N; n += LANES) running[n] = make_float2(p.A[w.d * p.A_d + n * p.A_n] * LOG2E, 0.f);
   const float bias = p.bias ? p.bias[w.d] : 0.f;
   float sum = 0.f;
@@ -64,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
       __syncthreads();
-      if (!M_CONSTANT) convert_matrix<false>(memory, nullptr, M, M_n, M_l, n0, t0, seqlen);
+      if (!M_CONSTANT) convert_matrix<false>(matrix, nullptr, M, M_n, M_l, n0, t0, seqlen);
       __syncthreads();
       for (int m = 0; m < min(STAGED, N - n0); m++) {
         const int n = n0 + m;
@@ -75,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
           const int k = REVERSE ? STEPS - 1 - s : s;
-          float v = M_CONSTANT ? constant : reinterpret_cast<const float*>(memory + m * ROW + place_of(k / 4, w.j))[k % 4];
+          float v = M_CONSTANT ? constant : reinterpret_cast<const float*>(matrix + m * ROW + place_of(k / 4, w.j))[k % 4];
           float a = ex2(A2 * delta[k]);
           const bool start = PACKED && cut.starts >> k & 1, ends = PACKED && VARLEN && cut.ends >> k & 1;
           if (REVERSE) {
@@ -103,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   }
 #pragma unroll
   for (int r = CHANNELS; r < 32; r *= 2) sum += __shfl_xor_sync(~0u, sum, r);
-  const int64 at = ((int64)w.b * p.stretches + w.stretch) * p.channels + w.d;
+  const int64 at = ((int64)w.b * p.stretches + block.stretch) * p.channels + w.d;
   if (w.here && w.j == 0) p.total[at] = cut_off ? __uint_as_float(0x7fc00000u) : sum;
   if (w.here)
     for (int n = w.j; n < N; n += LANES) p.local[at * N + n] = running[n].y;

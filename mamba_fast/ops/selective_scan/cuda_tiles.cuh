@@ -17,7 +17,7 @@ struct Params {
 
 constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
 constexpr int WIDE = 16 / sizeof(io_t), PARTS = STEPS / WIDE, QUADS = STEPS / 4;  // 16-byte pieces, float4s of a lane
-constexpr int WIDTH = LANES * PARTS, SLOTS = 32 * PARTS;  // 16-byte pieces of a warp's row, of its tile
+constexpr int WIDTH = LANES * PARTS;                      // 16-byte pieces of a channel's row in a tile
 constexpr int CHUNK = 128;                                // tokens between saved states
 constexpr int STAGED = STAGE / TILE < N ? (STAGE / TILE > 0 ? STAGE / TILE : 1) : N;  // rows of B and C in SRAM at a time
 constexpr int ROW = TILE / 4, MATRIX = STAGED * ROW;      // float4s of a row, of the staged rows of B or C
@@ -27,27 +27,49 @@ constexpr int RAW = ROW_PASSES * THREADS;                 // 16-byte pieces of B
 constexpr int ROW_A = N + (CHANNELS > 1);                 // padded: the channels of a warp read different banks
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Where a thread works.
+// What a block works on. It lies in shared memory, from where it is read when needed: in registers it would crowd out
+// the states.
+struct alignas(16) Block {
+  int b, stretch, begin, end, d_block, d_end, spare[2];  // d_end: the first channel that is not its own
+};
+constexpr int BLOCK_SIZE = sizeof(Block) / sizeof(float4);
+
+__device__ __forceinline__ const Block& block_in(const float4* memory) { return *reinterpret_cast<const Block*>(memory); }
+
+__device__ __forceinline__ void find_block(const Params& p, int pass, float4* memory) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Block& k = *reinterpret_cast<Block*>(memory);
+    const int block = blockIdx.x, group = block % p.blocks * p.passes + pass, span = group / p.blocks_a_span;
+    k.stretch = block / p.blocks % p.stretches;
+    k.b = block / (p.blocks * p.stretches);
+    k.begin = k.stretch * p.stretch;
+    k.end = min(k.begin + p.stretch, p.seqlen);
+    k.d_block = min(span * p.span + group % p.blocks_a_span * BLOCK_D, p.channels);
+    k.d_end = min((span + 1) * p.span, p.channels);
+  }
+  __syncthreads();
+}
+
+// Where a thread works in its block. Cheap to find again: see thread_number.
 struct Place {
-  int lane, warp, j, c, b, stretch, d_block, local, d, rows;  // rows: channels of this warp that exist
-  bool here;                                                  // this lane's channel exists
+  int lane, warp, j, c, b, d_warp, local, d, rows;  // d_warp: the warp's first channel; rows: how many it has
+  bool here;                                        // this lane's channel exists
 };
 
-__device__ __forceinline__ Place find_place(const Params& p, int block, int pass) {
+__device__ __forceinline__ Place find_place(const Params& p, const Block& k) {
   Place w;
-  w.lane = threadIdx.x % 32;
-  w.warp = threadIdx.x / 32;
+  const int thread = thread_number();
+  w.lane = thread % 32;
+  w.warp = thread / 32;
   w.j = w.lane / CHANNELS;
   w.c = w.lane % CHANNELS;
-  int group = block % p.blocks * p.passes + pass;
-  w.stretch = block / p.blocks % p.stretches;
-  w.b = block / (p.blocks * p.stretches);
-  int span = group / p.blocks_a_span, end = min((span + 1) * p.span, p.channels);
-  w.d_block = span * p.span + group % p.blocks_a_span * BLOCK_D;
+  w.b = k.b;
+  w.d_warp = k.d_block + w.warp * CHANNELS;
   w.local = w.warp * CHANNELS + w.c;
-  w.rows = max(0, min(CHANNELS, end - w.d_block - w.warp * CHANNELS));
+  w.rows = max(0, min(CHANNELS, k.d_end - w.d_warp));
   w.here = w.c < w.rows;
-  w.d = w.here ? w.d_block + w.local : min(w.d_block, p.channels - 1);
+  w.d = w.here ? w.d_warp + w.c : min(k.d_block, p.channels - 1);
   return w;
 }
 
@@ -110,64 +132,85 @@ __device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, co
   }
 }
 
-__device__ constexpr int log2_of(int v) { return v > 1 ? 1 + log2_of(v / 2) : 0; }
-
-// 16-byte piece k of lane (j, c) in its warp's slots: no bank conflicts for the lanes that copy along a row, nor for
-// those that read their own pieces.
-__device__ __forceinline__ int slot_of(int k, int j, int c) {
-  constexpr int s = log2_of(CHANNELS) > 3 ? 3 : log2_of(CHANNELS), w = log2_of(PARTS);
-  int fold = w <= s ? k | ((j >> (3 - s)) & ((1 << (s - w)) - 1)) << w : (k & ((1 << s) - 1)) | (k >> s) << (3 - w + s);
-  return k * 32 + ((j * CHANNELS + c) ^ fold);
-}
+// A warp's slots hold its rows as they lie in memory; a little room between the rows keeps the lanes that read their
+// own pieces out of each other's banks.
+constexpr int NEAR = 8 / (CHANNELS < 8 ? CHANNELS : 8) * PARTS;  // pieces of a row that eight neighbouring lanes read
+constexpr int PITCH = WIDTH + (CHANNELS == 1 ? 0 : NEAR < 8 ? NEAR : 1), SLOTS = CHANNELS * PITCH;
 
 // Ask for the warp's rows of a (B, D, L) tensor, tokens t0 ... t0 + TILE.
 __device__ __forceinline__ void request_tile(uint4* slots, const io_t* tensor, int64 stride_b, int64 stride_d, int t0,
                                              const Place& w, int seqlen) {
   constexpr int A_ROW = WIDTH > 32 ? WIDTH / 32 : 1, ROWS = WIDTH < 32 ? 32 / WIDTH : 1;  // copies a row, rows a copy
-  int c0 = w.lane / WIDTH, t = t0 + w.lane % WIDTH * WIDE;
-  const io_t* at = row_of(tensor, stride_b, stride_d, w.b, w.d_block + w.warp * CHANNELS + c0) + t;
+  const int c0 = w.lane / WIDTH, q0 = w.lane % WIDTH, left = seqlen - t0 - q0 * WIDE;
+  const io_t* at = row_of(tensor, stride_b, stride_d, w.b, w.d_warp + c0) + t0 + q0 * WIDE;
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
-    int c = (i * 32 + w.lane) / WIDTH, q = (i * 32 + w.lane) % WIDTH;
-    int bytes = c < w.rows ? bytes_left(seqlen - t0 - q * WIDE) : 0;
-    const io_t* from = at + steps_of(i / A_ROW * ROWS, stride_d) + i % A_ROW * 32 * WIDE;
-    copy_async(slots + slot_of(q % PARTS, q / PARTS, c), bytes > 0 ? from : tensor, bytes);
+    const int row = i / A_ROW * ROWS, piece = i % A_ROW * 32;
+    const int bytes = c0 + row < w.rows ? bytes_left(left - piece * WIDE) : 0;
+    const io_t* from = at + steps_of(row, stride_d) + piece * WIDE;
+    copy_async(slots + (c0 + row) * PITCH + q0 + piece, bytes > 0 ? from : tensor, bytes);
   }
 }
 
 __device__ __forceinline__ void receive_tile(const uint4* slots, const Place& w, float* out) {
 #pragma unroll
-  for (int k = 0; k < PARTS; k++) spread(slots[slot_of(k, w.j, w.c)], out + k * WIDE);
+  for (int k = 0; k < PARTS; k++) spread(slots[w.c * PITCH + w.j * PARTS + k], out + k * WIDE);
 }
 
 // float4 q of lane j in a staged row of B or C: no bank conflicts for the threads that write and for those that read.
 __device__ __forceinline__ int place_of(int q, int j) { return q * LANES + (j ^ (2 * q % LANES)); }
 
+// B or C of a block's group of channels.
+__device__ __forceinline__ const io_t* matrix_of(const io_t* matrix, int64 stride_b, int64 stride_g, int span, const Block& k) {
+  return matrix + k.b * stride_b + min(k.d_block, k.d_end - 1) / span * stride_g;
+}
+
 // Rows n0 ... n0 + STAGED of B or C, tokens t0 ... t0 + TILE, each 16-byte piece by the thread that converts it later.
 __device__ __forceinline__ void request_matrix(uint4* raw, const io_t* matrix, int64 stride_n, int n0, int t0, int seqlen) {
-  int n = n0 + threadIdx.x / ROW_PARTS, t = t0 + threadIdx.x % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
+  const int thread = thread_number();
+  int n = n0 + thread / ROW_PARTS, t = t0 + thread % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
 #pragma unroll
   for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS)
-    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS, bytes > 0 ? matrix + steps_of(n, stride_n) + t : matrix, bytes);
+    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS + thread, bytes > 0 ? matrix + steps_of(n, stride_n) + t : matrix, bytes);
 }
 
 // The same rows in float32, each lane's steps in one place; with WIDE_MATRIX from `raw`, else straight from memory.
 template <bool WIDE_MATRIX>
 __device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, const io_t* matrix, int64 stride_n,
                                                int64 stride_l, int n0, int t0, int seqlen) {
-  int m = threadIdx.x / ROW_PARTS, t = threadIdx.x % ROW_PARTS * WIDE, j = t / STEPS, q = t % STEPS / 4;
+  const int thread = thread_number();
+  int m = thread / ROW_PARTS, t = thread % ROW_PARTS * WIDE, j = t / STEPS, q = t % STEPS / 4;
 #pragma unroll
   for (int k = 0; k < ROW_PASSES; k++, m += ROWS_A_PASS) {
     if (m >= min(STAGED, N - n0)) break;
     float v[WIDE];
     if (WIDE_MATRIX)
-      spread(raw[k * THREADS], v);
+      spread(raw[k * THREADS + thread], v);
     else
       for (int i = 0; i < WIDE; i++)
         v[i] = t0 + t + i < seqlen ? to_float(matrix[steps_of(n0 + m, stride_n) + steps_of(t0 + t + i, stride_l)]) : 0.f;
     to[m * ROW + place_of(q, j)] = make_float4(v[0], v[1], v[2], v[3]);
     if (WIDE == 8) to[m * ROW + place_of(q + 1, j)] = make_float4(v[WIDE - 4], v[WIDE - 3], v[WIDE - 2], v[WIDE - 1]);
   }
+}
+
+// Where the shared memory of a block holds, in float4s: B and C in float32 (two buffers), B and C on their way, the rows.
+constexpr int MATRICES = BLOCK_SIZE, RAW_B = MATRICES + 4 * MATRIX, RAW_C = RAW_B + RAW, ROWS = RAW_C + RAW;
+
+__device__ __forceinline__ void request_matrices(const Params& p, float4* memory, const Block& k, int n0, int t0) {
+  if (!B_CONSTANT && WIDE_B)
+    request_matrix(reinterpret_cast<uint4*>(memory + RAW_B), matrix_of(p.B, p.B_b, p.B_g, p.B_span, k), p.B_n, n0, t0, p.seqlen);
+  if (!C_CONSTANT && WIDE_C)
+    request_matrix(reinterpret_cast<uint4*>(memory + RAW_C), matrix_of(p.C, p.C_b, p.C_g, p.C_span, k), p.C_n, n0, t0, p.seqlen);
+}
+
+__device__ __forceinline__ void convert_matrices(const Params& p, float4* memory, float4* to, const Block& k, int n0, int t0) {
+  if (!B_CONSTANT)
+    convert_matrix<WIDE_B>(to, reinterpret_cast<const uint4*>(memory + RAW_B), matrix_of(p.B, p.B_b, p.B_g, p.B_span, k),
+                           p.B_n, p.B_l, n0, t0, p.seqlen);
+  if (!C_CONSTANT)
+    convert_matrix<WIDE_C>(to + MATRIX, reinterpret_cast<const uint4*>(memory + RAW_C),
+                           matrix_of(p.C, p.C_b, p.C_g, p.C_span, k), p.C_n, p.C_l, n0, t0, p.seqlen);
 }
 
 // Where packed sequences start and end among a lane's steps, as bits; and how many lanes to the left (right) a scan
