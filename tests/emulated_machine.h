@@ -140,8 +140,9 @@ static void add_global(float* to, float4 v) {
 }
 static void fiber_main();
 static void run_block(int threads, int bytes) {
-  memset(memory, 0xff, bytes);  // NaN: what is read before it is written shows
-  if (bytes > (int)sizeof memory) abort();
+  constexpr int FENCE = 1024;
+  if (bytes + FENCE > (int)sizeof memory) abort();
+  memset(memory, 0xff, bytes + FENCE);  // NaN: what is read before it is written shows
   fibers.resize(threads);
   for (int i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
@@ -170,4 +171,6 @@ static void run_block(int threads, int bytes) {
     if (all) for (auto& f : fibers) f.waits = 0, moved = true;
     if (!moved && left > 0) { fprintf(stderr, "deadlock in the emulated block\n"); abort(); }
   }
+  for (int i = 0; i < FENCE; i++)
+    if (((unsigned char*)memory)[bytes + i] != 0xff) { fprintf(stderr, "a write beyond shared memory\n"); abort(); }
 }

@@ -5,15 +5,17 @@ import triton.language as tl
 
 from mamba_fast.ops.causal_conv1d.triton_steps import (
     add_sums,
+    columns_at,
     convolve,
     correlate,
     deactivate,
     enter,
     inside,
-    join_steps,
     load_groups,
     load_weight,
     locate,
+    offsets,
+    store_groups,
     store_sums,
 )
 
@@ -29,57 +31,61 @@ def _no_sums(BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def conv_rows_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, init_ptr, reach_ptr, dy_ptr, dx_ptr, sums_ptr, dinit_ptr, x_strides,
-    weight_strides, init_strides, dy_strides, dx_strides, dinit_strides, channels, seqlen, tiles, blocks, run,
+    x_ptr, weight_ptr, bias_ptr, init_ptr, reach_ptr, dy_ptr, dx_ptr, sums_ptr, dweight_ptr, dbias_ptr,
+    dinit_ptr, x_strides, weight_strides, init_strides, dy_strides, dx_strides, dinit_strides, batch,
+    channels, seqlen, tiles, blocks, run, rows,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INIT: tl.constexpr,
-    PACKED: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    PACKED: tl.constexpr, DIRECT: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Time along the lanes. dx of a group needs dp of the first WIDTH - 1 steps after it: found twice."""
-    tile, b, offs_d = locate(tiles, blocks, BLOCK_D)
+    """Time along the lanes: `run` tiles of each of `rows` batch elements.
+
+    dx of a group needs dp of the first WIDTH - 1 steps after it: found twice.
+    """
+    tile, part, offs_d = locate(tiles, blocks, BLOCK_D)
     mask_d = offs_d < channels
-    part = b * tiles + tile
-    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, WIDTH, HAS_BIAS)
+    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, 1.0, WIDTH, HAS_BIAS)
     mask_d = mask_d[:, None]
-    x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None]
-    dy_rows = dy_ptr + tl.multiple_of(b * dy_strides[0] + offs_d * dy_strides[1], VEC)[:, None]
-    dx_rows = dx_ptr + tl.multiple_of(b * dx_strides[0] + offs_d * dx_strides[1], VEC)[:, None]
-    reach_row = reach_ptr
-    if PACKED:
-        reach_row = reach_ptr + tl.multiple_of(b * seqlen, VEC)
-    offs_l = tile * (run * BLOCK_G * STEPS) + tl.arange(0, BLOCK_G * STEPS)
-    starts = tile * (run * BLOCK_G * STEPS) + tl.arange(0, BLOCK_G) * STEPS
     sums = _no_sums(BLOCK_D, BLOCK_G, WIDTH)
-    for _ in range(run):
-        past = load_groups(x_rows, x_strides[2], offs_l - STEPS, mask_d, seqlen, 0.0, STEPS, VEC)
-        here = load_groups(x_rows, x_strides[2], offs_l, mask_d, seqlen, 0.0, STEPS, VEC)
-        here += load_groups(x_rows, x_strides[2], offs_l + STEPS, mask_d, seqlen, 0.0, STEPS, VEC)
-        dy = load_groups(dy_rows, dy_strides[2], offs_l, mask_d, seqlen, 0.0, STEPS, VEC)
-        dy += load_groups(dy_rows, dy_strides[2], offs_l + STEPS, mask_d, seqlen, 0.0, STEPS, VEC)
-        reach = here
+    for row in range(part * rows, tl.minimum(part * rows + rows, batch)):
+        b = tl.cast(row, tl.int64)
+        x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None]
+        dy_rows = dy_ptr + tl.multiple_of(b * dy_strides[0] + offs_d * dy_strides[1], VEC)[:, None]
+        dx_rows = dx_ptr + tl.multiple_of(b * dx_strides[0] + offs_d * dx_strides[1], VEC)[:, None]
+        reach_row = reach_ptr
         if PACKED:
-            reach = load_groups(reach_row, 1, offs_l, mask_d, seqlen, -1, STEPS, VEC)
-            reach += load_groups(reach_row, 1, offs_l + STEPS, mask_d, seqlen, -1, STEPS, VEC)
-        window = enter(
-            past[STEPS - WIDTH + 1 :], init_ptr, init_strides, b, offs_d, mask_d, starts, WIDTH, HAS_INIT
-        )
-        dp = ()
-        for i in tl.static_range(STEPS + WIDTH - 1):
-            window += (here[i].to(tl.float32),)
-            p = convolve(window, i, taps, bias, reach[i], WIDTH, PACKED)
-            dp += (deactivate(dy[i].to(tl.float32), p, reach[i], SILU, PACKED),)
-        dx = ()
-        for i in tl.static_range(STEPS):
-            sums = add_sums(sums, dp[i], window, i, reach[i], WIDTH, PACKED)
-            dx += (correlate(dp, i, reach, taps, WIDTH, PACKED).to(dx_ptr.dtype.element_ty),)
-        mask = mask_d & inside(offs_l, seqlen, VEC)[None, :]
-        tl.store(dx_rows + offs_l[None, :] * dx_strides[2], join_steps(dx, STEPS), mask=mask)
-        if HAS_INIT:
-            _store_dinit(dinit_ptr, dinit_strides, b, offs_d, mask_d & (starts == 0)[None, :], dp, reach,
-                         taps, WIDTH, PACKED)  # fmt: skip
-        offs_l += BLOCK_G * STEPS
-        starts += BLOCK_G * STEPS
-    store_sums(sums_ptr, sums, part, channels, offs_d, offs_d < channels, WIDTH)
+            reach_row = reach_ptr + tl.multiple_of(b * seqlen, VEC)
+        offs_l = offsets(tile * run, BLOCK_G, STEPS, UNIT)
+        starts = ((tile * run * BLOCK_G + tl.arange(0, BLOCK_G)) * STEPS)[None, :]
+        for _ in range(run):
+            past = load_groups(x_rows, x_strides[2], offs_l - UNIT, mask_d, seqlen, 0.0, UNIT, UNIT, VEC)
+            here = load_groups(x_rows, x_strides[2], offs_l, mask_d, seqlen, 0.0, STEPS + UNIT, UNIT, VEC)
+            dy = load_groups(dy_rows, dy_strides[2], offs_l, mask_d, seqlen, 0.0, STEPS + UNIT, UNIT, VEC)
+            reach = here
+            if PACKED:
+                reach = load_groups(reach_row, 1, offs_l, mask_d, seqlen, -1, STEPS + UNIT, UNIT, VEC)
+            window = enter(
+                past[UNIT - WIDTH + 1 :], init_ptr, init_strides, b, offs_d, mask_d, starts, WIDTH, HAS_INIT
+            )
+            dp = ()
+            for i in tl.static_range(STEPS + WIDTH - 1):
+                window += (here[i].to(tl.float32),)
+                p = convolve(window, i, taps, bias, reach[i], WIDTH, PACKED)
+                dp += (deactivate(dy[i].to(tl.float32), p, reach[i], SILU, PACKED),)
+            dx = ()
+            for i in tl.static_range(STEPS):
+                sums = add_sums(sums, dp[i], window, i, reach[i], WIDTH, PACKED)
+                dx += (correlate(dp, i, reach, taps, WIDTH, PACKED).to(dx_ptr.dtype.element_ty),)
+            store_groups(dx_rows, dx_strides[2], offs_l, mask_d, seqlen, dx, STEPS, UNIT, VEC)
+            if HAS_INIT:
+                _store_dinit(dinit_ptr, dinit_strides, b, offs_d, mask_d & (starts == 0), dp, reach, taps,
+                             WIDTH, PACKED)  # fmt: skip
+            offs_l += BLOCK_G * STEPS
+            starts += BLOCK_G * STEPS
+    store_sums(
+        sums_ptr, dweight_ptr, dbias_ptr, sums, part * tiles + tile, channels, offs_d, offs_d < channels,
+        WIDTH, HAS_BIAS, DIRECT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -96,90 +102,101 @@ def _store_dinit(ptr, strides, b, offs_d, mask, dp, reach, taps, WIDTH: tl.const
 
 
 @triton.jit
-def _walk(
-    t, past, dp, reach, sums, end, x_at, dy_at, dx_at, reach_row, dinit_at, x_stride, dy_stride, dx_stride,
-    dinit_stride, mask_d, seqlen, taps, bias,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_INIT: tl.constexpr,
-    PACKED: tl.constexpr, VEC: tl.constexpr,
+def _after(
+    x_at, dy_at, x_stride, dy_stride, reach_at, t, mask_d, seqlen, taps, bias,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """STEPS steps on: dp of each, its share of the sums, and dx of the steps WIDTH - 1 before them."""
-    window, dy = past, ()
-    for i in tl.static_range(STEPS):
-        mask = mask_d & (t + i < seqlen)[None, :]
-        at = tl.multiple_of((t + i) * x_stride, VEC)[None, :]
-        window += (tl.load(x_at + at, mask=mask, other=0.0).to(tl.float32),)
-        at = tl.multiple_of((t + i) * dy_stride, VEC)[None, :]
-        dy += (tl.load(dy_at + at, mask=mask, other=0.0),)
-        step = mask
+    """dp and reach of the WIDTH - 1 steps from t (1, BLOCK_G) on, found for dx of the steps before them."""
+    window, dp, reach = (), (), ()
+    for k in tl.static_range(1 - WIDTH, WIDTH - 1):
+        at = x_at + tl.multiple_of(tl.cast(k, tl.int64) * x_stride, VEC)
+        window += (tl.load(at, mask=mask_d & (t + k < seqlen), other=0.0).to(tl.float32),)
+    for k in tl.static_range(WIDTH - 1):
+        mask = mask_d & (t + k < seqlen)
+        at = dy_at + tl.multiple_of(tl.cast(k, tl.int64) * dy_stride, VEC)
+        dy = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if PACKED:
-            step = tl.load(reach_row + t + i, mask=t + i < seqlen, other=-1)[None, :]
-        reach += (step,)
-    for i in tl.static_range(STEPS):
-        now = reach[i + WIDTH - 1]
-        p = convolve(window, i, taps, bias, now, WIDTH, PACKED)
-        dp += (deactivate(dy[i].to(tl.float32), p, now, SILU, PACKED),)
-        sums = add_sums(sums, dp[i + WIDTH - 1], window, i, now, WIDTH, PACKED)
-        dx = correlate(dp, i, reach, taps, WIDTH, PACKED)
-        to = t + (i - WIDTH + 1)
-        own = (to >= end[0]) & (to < end[1])
-        at = tl.multiple_of(to * dx_stride, VEC)[None, :]
-        tl.store(dx_at + at, dx.to(dx_at.dtype.element_ty), mask=mask_d & own[None, :])
-        if HAS_INIT:
-            if i < WIDTH - 1:
-                at = dinit_at + i * dinit_stride + tl.zeros_like(t)[None, :]
-                tl.store(at, dx.to(dinit_at.dtype.element_ty), mask=mask_d & (t == 0)[None, :])
-    return window[STEPS:], dp[STEPS:], reach[STEPS:], sums
+            reach += (tl.load(reach_at + t + k, mask=t + k < seqlen, other=-1),)
+        else:
+            reach += (t,)
+        p = convolve(window, k, taps, bias, reach[k], WIDTH, PACKED)
+        dp += (deactivate(dy, p, reach[k], SILU, PACKED),)
+    return dp, reach
 
 
 @triton.jit
 def conv_columns_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, init_ptr, reach_ptr, dy_ptr, dx_ptr, sums_ptr, dinit_ptr, x_strides,
-    weight_strides, init_strides, dy_strides, dx_strides, dinit_strides, channels, seqlen, tiles, blocks, run,
+    x_ptr, weight_ptr, bias_ptr, init_ptr, reach_ptr, dy_ptr, dx_ptr, sums_ptr, dweight_ptr, dbias_ptr,
+    dinit_ptr, x_strides, weight_strides, init_strides, dy_strides, dx_strides, dinit_strides, batch,
+    channels, seqlen, tiles, blocks, run, rows,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INIT: tl.constexpr,
-    PACKED: tl.constexpr, STEPS: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    PACKED: tl.constexpr, DIRECT: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Channels along the lanes: a thread walks over `run` steps and WIDTH - 1 more, and keeps x and dp."""
+    """Channels along the lanes: a thread walks back over `run` steps, and keeps dp of the WIDTH - 1 after.
+
+    x and dy of STEPS steps are on their way from memory while those after them are worked on.
+    VEC channels lie side by side; UNIT steps in a row are all of the sequence, or none of them.
+    """
     tile, b, offs_d = locate(tiles, blocks, BLOCK_D)
     mask_d = offs_d < channels
-    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, WIDTH, HAS_BIAS)
+    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, 1.0, WIDTH, HAS_BIAS)
     mask_d = inside(offs_d, channels, VEC)[:, None]
-    t = (tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run
-    end = (t, tl.minimum(t + run, seqlen))
-    x_at = x_ptr + tl.multiple_of(b * x_strides[0], VEC) + offs_d[:, None] * x_strides[1]
-    dy_at = dy_ptr + tl.multiple_of(b * dy_strides[0], VEC) + offs_d[:, None] * dy_strides[1]
-    dx_at = dx_ptr + tl.multiple_of(b * dx_strides[0], VEC) + offs_d[:, None] * dx_strides[1]
-    dinit_at, reach_row = dx_at, reach_ptr
-    if HAS_INIT:
-        dinit_at = dinit_ptr + b * dinit_strides[0] + offs_d[:, None] * dinit_strides[1]
+    t = ((tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run)[None, :]
+    left = tl.cast(tl.minimum(seqlen - t, run), tl.int32)  # steps of this stretch
+    x_at = columns_at(x_ptr, b, offs_d, t + run, x_strides, VEC)
+    dy_at = columns_at(dy_ptr, b, offs_d, t + run, dy_strides, VEC)
+    dx_at = columns_at(dx_ptr, b, offs_d, t + run, dx_strides, VEC)
+    reach_at = reach_ptr
     if PACKED:
-        reach_row = reach_ptr + b * seqlen
-    past, dp, reach = (), (), ()
-    for k in tl.static_range(WIDTH - 1):
-        before = t + (k - WIDTH + 1)
-        mask = mask_d & ((before >= 0) & (before < seqlen))[None, :]
-        at = x_at + tl.multiple_of(before * x_strides[2], VEC)[None, :]
-        past += (tl.load(at, mask=mask, other=0.0),)
-        dp += (tl.zeros((BLOCK_D, BLOCK_G), tl.float32),)
-        step = mask
-        if PACKED:
-            step = tl.full((1, BLOCK_G), -1, tl.int8)
-        reach += (step,)
-    past = enter(past, init_ptr, init_strides, b, offs_d, mask_d, t, WIDTH, HAS_INIT)
+        reach_at = reach_ptr + b * seqlen
+    dp, reach = _after(x_at, dy_at, x_strides[2], dy_strides[2], reach_at, t + run, mask_d, seqlen, taps, bias,
+                       WIDTH, SILU, PACKED, VEC)  # fmt: skip
     sums = _no_sums(BLOCK_D, BLOCK_G, WIDTH)
-    for _ in range(0, run, STEPS):
-        past, dp, reach, sums = _walk(
-            t, past, dp, reach, sums, end, x_at, dy_at, dx_at, reach_row, dinit_at, x_strides[2],
-            dy_strides[2], dx_strides[2], dinit_strides[2], mask_d, seqlen, taps, bias,
-            STEPS, WIDTH, SILU, HAS_INIT, PACKED, VEC,
-        )  # fmt: skip
-        t += STEPS
-    _walk(  # only for dx: what it adds to the sums is another walk's
-        t, past, dp, reach, sums, end, x_at, dy_at, dx_at, reach_row, dinit_at, x_strides[2],
-        dy_strides[2], dx_strides[2], dinit_strides[2], mask_d, seqlen, taps, bias,
-        WIDTH - 1, WIDTH, SILU, HAS_INIT, PACKED, VEC,
+    x, dy = (), ()
+    for i in tl.static_range(STEPS):
+        mask = mask_d & (run - STEPS + i // UNIT * UNIT < left)
+        step = tl.cast(i - STEPS, tl.int64)
+        x += (tl.load(x_at + tl.multiple_of(step * x_strides[2], VEC), mask=mask, other=0.0),)
+        dy += (tl.load(dy_at + tl.multiple_of(step * dy_strides[2], VEC), mask=mask, other=0.0),)
+    for first in range(run - STEPS, -1, -STEPS):
+        x_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * x_strides[2], VEC)
+        dy_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * dy_strides[2], VEC)
+        dx_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * dx_strides[2], VEC)
+        x_before, dy_before = (), ()
+        for i in tl.static_range(STEPS):
+            step = tl.cast(i - STEPS, tl.int64)
+            mask = mask_d & (first - STEPS + i // UNIT * UNIT < left) & (first > 0)
+            dy_before += (tl.load(dy_at + tl.multiple_of(step * dy_strides[2], VEC), mask=mask, other=0.0),)
+            if i > STEPS - WIDTH:
+                mask = mask_d & (first - STEPS + i // UNIT * UNIT < left) & ((first > 0) | (t > 0))
+            x_before += (tl.load(x_at + tl.multiple_of(step * x_strides[2], VEC), mask=mask, other=0.0),)
+        window = enter(
+            x_before[STEPS - WIDTH + 1 :], init_ptr, init_strides, b, offs_d, mask_d, t + first, WIDTH, HAS_INIT
+        )
+        here, steps = (), ()
+        for i in tl.static_range(STEPS):
+            window += (x[i].to(tl.float32),)
+            if PACKED:
+                steps += (tl.load(reach_at + t + (first + i), mask=first + i < left, other=-1),)
+            else:
+                steps += (t,)
+            p = convolve(window, i, taps, bias, steps[i], WIDTH, PACKED)
+            here += (deactivate(dy[i].to(tl.float32), p, steps[i], SILU, PACKED),)
+            sums = add_sums(sums, here[i], window, i, steps[i], WIDTH, PACKED)
+        dp, reach = here + dp, steps + reach
+        for i in tl.static_range(STEPS):
+            dx = correlate(dp, i, reach, taps, WIDTH, PACKED)
+            at = dx_at + tl.multiple_of(tl.cast(i, tl.int64) * dx_strides[2], VEC)
+            mask = mask_d & (first + i // UNIT * UNIT < left)
+            tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        x, dy, dp, reach = x_before, dy_before, dp[: WIDTH - 1], reach[: WIDTH - 1]
+    if HAS_INIT:
+        _store_dinit(dinit_ptr, dinit_strides, b, offs_d, mask_d & (t == 0), dp, reach, taps, WIDTH, PACKED)
+    store_sums(
+        sums_ptr, dweight_ptr, dbias_ptr, sums, b * tiles + tile, channels, offs_d, offs_d < channels,
+        WIDTH, HAS_BIAS, DIRECT,
     )  # fmt: skip
-    store_sums(sums_ptr, sums, b * tiles + tile, channels, offs_d, offs_d < channels, WIDTH)
 
 
 @triton.jit

@@ -26,71 +26,97 @@ __all__ = ["backward", "forward", "update", "varlen_states"]
 
 
 class Blocks(NamedTuple):
-    """Numbers of a tile (channels times groups), channels of a column tile, steps of a walk, warps."""
+    """Numbers of a tile: channels times groups (rows), or times stretches of time (columns).
+
+    Rows: a group is `steps` steps. Columns: a tile has `block_d` channels, a stretch `run` steps, and
+    `steps` of them are read at a time. `programs` run side by side on a multiprocessor.
+    """
 
     tile: int
-    block_d: int
     steps: int
-    run: int
     warps: int
+    programs: int
+    block_d: int = 1
+    run: int = 1
 
 
 BLOCKS = {
-    "forward_rows": Blocks(tile=256, block_d=1, steps=8, run=1, warps=4),
-    "forward_columns": Blocks(tile=256, block_d=128, steps=8, run=32, warps=4),
-    "backward_rows": Blocks(tile=128, block_d=1, steps=8, run=8, warps=4),
-    "backward_columns": Blocks(tile=256, block_d=128, steps=4, run=64, warps=4),
+    "forward_rows": Blocks(tile=256, steps=8, warps=4, programs=0),
+    "forward_columns": Blocks(tile=256, steps=8, warps=4, programs=8, block_d=128, run=32),
+    "backward_rows": Blocks(tile=64, steps=16, warps=2, programs=12),
+    "backward_columns": Blocks(tile=256, steps=4, warps=4, programs=6, block_d=128, run=64),
 }
 if interpreted():  # small tiles, so that short sequences have several
     BLOCKS = {
-        name: b._replace(tile=8, block_d=4, run=2)
-        if name.endswith("rows")
-        else b._replace(tile=16, block_d=4, run=16)
+        name: b._replace(tile=8) if name.endswith("rows") else b._replace(tile=16, block_d=4, run=16)
         for name, b in BLOCKS.items()
     }
-_PROGRAMS_A_MULTIPROCESSOR = 32  # a walk is shortened where there would be fewer
 
 
 class _Plan(NamedTuple):
-    """How a call is cut. A program: block_d channels, block_g groups of `steps`, `run` of them in turn."""
+    """How a call is cut. A program: block_d channels, and for each of `rows` batch elements `run` tiles of
+    block_g groups of `steps` steps (rows), or block_g stretches of `run` steps (columns).
+    """
 
     columns: bool
     block_d: int
     block_g: int
     steps: int
-    run: int
+    unit: int
     vec: int
-    tiles: int
-    blocks: int
+    run: int
+    rows: int
+    tiles: int  # programs along a sequence
+    parts: int  # programs of a channel
+    blocks: int  # programs along the channels
     warps: int
 
 
 def _plan(x, direction, *others):
     """Block sizes for x; `others` are the strides of the other tensors of its shape."""
-    batch, channels, seqlen = x.shape
+    channels, seqlen = x.shape[1:]
     strides = x.stride()
     columns = strides[1] == 1 and (strides[2] != 1 or seqlen == 1)
     table = BLOCKS[f"{direction}_{'columns' if columns else 'rows'}"]
+    together = table.programs * _multiprocessors(x.device)
     width = 16 // x.element_size()  # numbers in the widest access of a thread
     if columns:
         vec = math.gcd(width, channels, strides[0], strides[2], *(s for o in others for s in o[::2]))
-        block_d, steps, run = min(table.block_d, _power_of_2(channels)), table.steps, table.run
-        run = min(run, -(-seqlen // steps) * steps)
-        tile = table.tile // 2 if vec == 1 else table.tile  # number by number takes more registers
-        block_g = min(tile // block_d, _power_of_2(-(-seqlen // run)))
-        tiles = -(-seqlen // (block_g * run))
-    else:
-        vec = math.gcd(width, seqlen, strides[0], strides[1], *(s for o in others for s in o[:2]))
-        steps = min(table.steps, width)
-        block_g = min(table.tile, _power_of_2(-(-seqlen // steps)))
-        block_d = max(table.block_d, min(table.tile // block_g, _power_of_2(channels)))
-        tiles = -(-seqlen // (block_g * steps))
-        rows = batch * -(-channels // block_d)
-        run = max(
-            1, min(table.run, tiles * rows // (_PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(x.device)))
-        )
-        tiles = -(-tiles // run)
-    return _Plan(columns, block_d, block_g, steps, run, vec, tiles, -(-channels // block_d), table.warps)
+        return _plan_columns(x, table, together, vec)
+    vec = math.gcd(width, seqlen, strides[0], strides[1], *(s for o in others for s in o[:2]))
+    return _plan_rows(x, table, together, vec, width)
+
+
+def _plan_rows(x, table, together, vec, unit):
+    """A program is given as many tiles as leave `together` programs; all of its channels' if it can."""
+    batch, channels, seqlen = x.shape
+    steps = max(unit, table.steps * unit // 8)
+    block_g = min(table.tile, _power_of_2(-(-seqlen // steps)))
+    block_d = max(table.block_d, min(table.tile // block_g, _power_of_2(channels)))
+    tiles, blocks = -(-seqlen // (block_g * steps)), -(-channels // block_d)
+    share = max(1, batch * tiles * blocks // together) if together else 1
+    parts = -(-tiles // min(share, tiles))
+    run, rows = -(-tiles // parts), max(1, share // tiles)
+    tiles, rows = -(-tiles // run), -(-batch // -(-batch // rows))
+    return _Plan(
+        False, block_d, block_g, steps, unit, vec, run, rows, tiles, tiles * -(-batch // rows), blocks, table.warps
+    )
+
+
+def _plan_columns(x, table, together, vec):
+    """Stretches near `run` steps, such that the programs fill the chip a whole number of times."""
+    batch, channels, seqlen = x.shape
+    block_d, steps = min(table.block_d, _power_of_2(channels)), table.steps
+    tile = table.tile // 2 if vec == 1 else table.tile  # number by number takes more registers
+    block_g = max(1, min(tile // block_d, _power_of_2(-(-seqlen // table.run))))
+    blocks = -(-channels // block_d)
+    rows = batch * blocks
+    rounds = max(1, round(rows * seqlen / (block_g * table.run * together)))
+    tiles = max(1, rounds * together // rows)
+    run = -(-seqlen // (block_g * tiles * steps)) * steps
+    tiles = -(-seqlen // (block_g * run))
+    unit = steps if seqlen % steps == 0 else 1
+    return _Plan(True, block_d, block_g, steps, unit, vec, run, 1, tiles, tiles * batch, blocks, table.warps)
 
 
 def _power_of_2(n):
@@ -102,17 +128,17 @@ _multiprocessors = functools.cache(lambda device: multiprocessors(torch.empty(0,
 
 def forward(x, weight, bias, seq_idx, initial_states, silu, want_final):
     """y (B, D, L) and final states (B, D, W - 1), which are empty if nobody wants them."""
-    batch, channels, seqlen = x.shape
+    _, channels, seqlen = x.shape
     y = torch.empty_like(x)
     plan = _plan(x, "forward", y.stride())
     width = weight.shape[1]
     bias = None if bias is None else bias.contiguous()
     kernel = conv_columns_kernel if plan.columns else conv_rows_kernel
-    kernel[(plan.tiles * plan.blocks * batch,)](
+    kernel[(plan.parts * plan.blocks,)](
         x, weight, bias, initial_states, _reach(seq_idx, width), y, x.stride(), weight.stride(),
         _strides(initial_states), y.stride(), channels, seqlen, plan.tiles, plan.blocks, plan.run,
         WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=initial_states is not None,
-        PACKED=seq_idx is not None, STEPS=plan.steps, VEC=plan.vec, BLOCK_D=plan.block_d,
+        PACKED=seq_idx is not None, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec, BLOCK_D=plan.block_d,
         BLOCK_G=plan.block_g, num_warps=plan.warps,
     )  # fmt: skip
     if want_final:
@@ -129,26 +155,29 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu):
     if dy.stride(fast) != 1:  # reading across the grain is slower than a copy
         dy = torch.empty_like(x).copy_(dy)
         plan = _plan(x, "backward", dx.stride())
-    parts = batch * plan.tiles
-    sums = torch.empty(parts, width + 1, channels, dtype=torch.float32, device=x.device)
+    direct = plan.parts == 1
+    sums = None
+    if not direct:
+        sums = torch.empty(plan.parts, width + 1, channels, dtype=torch.float32, device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
     dinit = None if initial_states is None else torch.empty_like(initial_states)
     bias = None if bias is None else bias.contiguous()
     kernel = conv_columns_backward_kernel if plan.columns else conv_rows_backward_kernel
-    kernel[(plan.tiles * plan.blocks * batch,)](
-        x, weight, bias, initial_states, _reach(seq_idx, width), dy, dx, sums, dinit, x.stride(),
-        weight.stride(), _strides(initial_states), dy.stride(), dx.stride(), _strides(dinit), channels,
-        seqlen, plan.tiles, plan.blocks, plan.run,
+    kernel[(plan.parts * plan.blocks,)](
+        x, weight, bias, initial_states, _reach(seq_idx, width), dy, dx, sums, dweight, dbias, dinit,
+        x.stride(), weight.stride(), _strides(initial_states), dy.stride(), dx.stride(), _strides(dinit), batch,
+        channels, seqlen, plan.tiles, plan.blocks, plan.run, plan.rows,
         WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=dinit is not None,
-        PACKED=seq_idx is not None, STEPS=plan.steps, VEC=plan.vec, BLOCK_D=plan.block_d,
-        BLOCK_G=plan.block_g, num_warps=plan.warps,
+        PACKED=seq_idx is not None, DIRECT=direct, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec,
+        BLOCK_D=plan.block_d, BLOCK_G=plan.block_g, num_warps=plan.warps,
     )  # fmt: skip
-    block = 64
-    conv_parts_kernel[(triton.cdiv(channels * (width + 1), block),)](
-        sums, dweight, dbias, channels, parts, WIDTH=width, HAS_BIAS=bias is not None,
-        BLOCK_P=32, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    if not direct:
+        block = 64
+        conv_parts_kernel[(triton.cdiv(channels * (width + 1), block),)](
+            sums, dweight, dbias, channels, plan.parts, WIDTH=width, HAS_BIAS=bias is not None,
+            BLOCK_P=32, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     if dfinal is not None:
         _add_final(dx, dinit, dfinal, seq_idx)
     return dx, dweight, dbias, dinit

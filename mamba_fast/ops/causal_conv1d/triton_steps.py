@@ -7,11 +7,13 @@ over taps moves nothing between threads.
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x) as the square of 1 / sqrt: an instruction of the GPU, where a division takes five."""
-    root = tl.rsqrt(1 + tl.exp2(-x * 1.4426950408889634))
+    root = tl.rsqrt(1 + tl.exp2(x * -LOG2E))  # -x would be a subtraction from 0
     return root * root
 
 
@@ -68,39 +70,75 @@ def join_steps(s, STEPS: tl.constexpr):
 
 
 @triton.jit
-def load_groups(ptr, stride, offs_l, mask_d, seqlen, other, STEPS: tl.constexpr, VEC: tl.constexpr):
-    """STEPS tiles of a tensor whose time steps lie side by side: 16 bytes a thread in one access.
-
-    ptr (BLOCK_D, 1) points to the first step of each channel. `other` where there is no such step.
-    """
-    mask = mask_d & inside(offs_l, seqlen, VEC)[None, :] & (offs_l >= 0)[None, :]
-    return split_steps(tl.load(ptr + offs_l[None, :] * stride, mask=mask, other=other), STEPS)
+def offsets(tile, BLOCK_G: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr):
+    """(BLOCK_G * UNIT,): the first UNIT steps of every group of STEPS steps; UNIT numbers are an access."""
+    i = tl.arange(0, BLOCK_G * UNIT)
+    return tile * (BLOCK_G * STEPS) + i // UNIT * STEPS + i % UNIT
 
 
 @triton.jit
-def load_weight(weight_ptr, strides, bias_ptr, offs_d, mask_d, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The taps of the program's channels, oldest first, and their bias: (BLOCK_D, 1) each, float32."""
+def load_groups(
+    ptr, stride, offs_l, mask_d, seqlen, other, STEPS: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr
+):
+    """STEPS tiles (BLOCK_D, BLOCK_G) of a tensor whose time steps lie side by side: UNIT a thread and access.
+
+    ptr (BLOCK_D, 1) points to the first step of each channel. `other` where there is no such step.
+    """
+    steps = ()
+    for k in tl.static_range(0, STEPS, UNIT):
+        offs = offs_l + k
+        mask = mask_d & inside(offs, seqlen, VEC)[None, :] & (offs >= 0)[None, :]
+        steps += split_steps(tl.load(ptr + offs[None, :] * stride, mask=mask, other=other), UNIT)
+    return steps
+
+
+@triton.jit
+def store_groups(
+    ptr, stride, offs_l, mask_d, seqlen, steps, STEPS: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr
+):
+    """The reverse of `load_groups`."""
+    for k in tl.static_range(0, STEPS, UNIT):
+        mask = mask_d & inside(offs_l + k, seqlen, VEC)[None, :]
+        tl.store(ptr + (offs_l + k)[None, :] * stride, join_steps(steps[k : k + UNIT], UNIT), mask=mask)
+
+
+@triton.jit
+def columns_at(ptr, b, offs_d, t, strides, VEC: tl.constexpr):
+    """(BLOCK_D, BLOCK_G) addresses of a tensor whose channels lie side by side; t is (1, BLOCK_G)."""
+    first = ptr + tl.multiple_of(b * strides[0], VEC) + offs_d[:, None] * strides[1]
+    return first + tl.multiple_of(t * strides[2], (VEC, VEC))
+
+
+@triton.jit
+def load_weight(
+    weight_ptr, strides, bias_ptr, offs_d, mask_d, SCALE: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """SCALE times the taps of the program's channels, oldest first, and bias: (BLOCK_D, 1) each, float32."""
     taps = ()
     for k in tl.static_range(WIDTH):
         tap = tl.load(weight_ptr + offs_d * strides[0] + k * strides[1], mask=mask_d, other=0.0)
-        taps += (tap.to(tl.float32)[:, None],)
+        taps += (tap.to(tl.float32)[:, None] * SCALE,)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     else:
         bias = tl.zeros(offs_d.shape, tl.float32)
-    return taps, bias[:, None]
+    return taps, bias[:, None] * SCALE
 
 
 @triton.jit
 def enter(past, init_ptr, strides, b, offs_d, mask_d, starts, WIDTH: tl.constexpr, HAS_INIT: tl.constexpr):
-    """The WIDTH - 1 tiles before a group: where it starts the sequence (starts == 0), the initial states."""
+    """The WIDTH - 1 tiles before a group: where it starts the sequence, the initial states.
+
+    starts (1, BLOCK_G): the first step of each group.
+    """
     steps = ()
     for k in tl.static_range(WIDTH - 1):
         x = past[k].to(tl.float32)
         if HAS_INIT:
             at = init_ptr + b * strides[0] + offs_d[:, None] * strides[1] + k * strides[2]
-            first = (starts == 0)[None, :]
-            state = tl.load(at + tl.zeros_like(starts)[None, :], mask=mask_d & first, other=0.0)
+            first = starts == 0
+            state = tl.load(at + tl.zeros_like(starts), mask=mask_d & first, other=0.0)
             x = tl.where(first, state.to(tl.float32), x)
         steps += (x,)
     return steps
@@ -120,9 +158,11 @@ def convolve(window, i: tl.constexpr, taps, bias, reach, WIDTH: tl.constexpr, PA
 
 @triton.jit
 def activate(p, reach, SILU: tl.constexpr, PACKED: tl.constexpr):
+    """y from p; SILU: from log2(e) p, which saves a product, by p σ(p) = log2(e) p / (log2(e) (1 + e^-p))."""
     y = p
     if SILU:
-        y = p * sigmoid(p)
+        root = tl.rsqrt(tl.exp2(p * -1.0) * LOG2E + LOG2E)
+        y = p * (root * root)
     if PACKED:
         y = tl.where(reach < 0, 0.0, y)
     return y
@@ -166,8 +206,19 @@ def add_sums(sums, dp, window, i: tl.constexpr, reach, WIDTH: tl.constexpr, PACK
 
 
 @triton.jit
-def store_sums(ptr, sums, part, channels, offs_d, mask_d, WIDTH: tl.constexpr):
-    """A program's share of dweight and dbias: row `part` of (parts, WIDTH + 1, D)."""
+def store_sums(
+    sums_ptr, dweight_ptr, dbias_ptr, sums, part, channels, offs_d, mask_d,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias, if the program has seen all of its channels (DIRECT).
+
+    Else its share of them: row `part` of (parts, WIDTH + 1, D).
+    """
     for k in tl.static_range(WIDTH + 1):
-        at = (part * (WIDTH + 1) + k) * channels + offs_d
-        tl.store(ptr + at, tl.sum(sums[k], axis=1), mask=mask_d)
+        total = tl.sum(sums[k], axis=1)
+        if not DIRECT:
+            tl.store(sums_ptr + (part * (WIDTH + 1) + k) * channels + offs_d, total, mask=mask_d)
+        elif k < WIDTH:
+            tl.store(dweight_ptr + offs_d * WIDTH + k, total.to(dweight_ptr.dtype.element_ty), mask=mask_d)
+        elif HAS_BIAS:
+            tl.store(dbias_ptr + offs_d, total.to(dbias_ptr.dtype.element_ty), mask=mask_d)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mamba_fast.ops.causal_conv1d.triton_steps import activate, convolve, load_weight
+from mamba_fast.ops.causal_conv1d.triton_steps import LOG2E, activate, convolve, load_weight
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def conv_update_kernel(
         alive = mask_d & ((entry >= 0) & (entry != pad_slot_id))
     if CIRCULAR:
         head = (tl.load(lengths_ptr + b) % STATE).to(tl.int32)
-    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, WIDTH, HAS_BIAS)
+    scale: tl.constexpr = LOG2E if SILU else 1.0
+    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, scale, WIDTH, HAS_BIAS)
     state_at = state_ptr + entry * state_strides[0] + offs_d[:, None] * state_strides[1]
     past = ()
     for k in tl.static_range(WIDTH - 1):

@@ -155,7 +155,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
         if (w.j == 0) numbers[SUMS + 2 * w.local] += dD;
       }
       __syncthreads();
-      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t, p.seqlen, w) : Cuts{};
+      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t0, p.seqlen, w) : Cuts{};
       const bool fresh = pass == 0 && ORDERED == 1;
       if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);
       else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);

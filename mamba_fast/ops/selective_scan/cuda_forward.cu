@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         total = begin_tile(p, w, left, delta, du, y);
       }
       __syncthreads();
-      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t, p.seqlen, w) : Cuts{};
+      const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t0, p.seqlen, w) : Cuts{};
       const bool keep = KEEP && t % CHUNK == 0 && left > 0;
       if (PACKED && cut.any) scan_states<true>(p, matrices, running + w.local * ROW_A, n0, t, w, cut, keep, delta, du, total, y);
       else scan_states<false>(p, matrices, running + w.local * ROW_A, n0, t, w, cut, keep, delta, du, total, y);

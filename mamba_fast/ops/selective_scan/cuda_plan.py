@@ -60,15 +60,19 @@ def spans(u, B, C):
 @functools.lru_cache(maxsize=4096)
 def cut_forward(batch, channels, seqlen, span, device):
     """Many channels: few lanes each, so that B and C serve several channels and the scan over lanes is short."""
-    rows, short = batch * channels, seqlen <= 256
-    lanes = 8 if rows >= 8192 or short else 16 if rows >= 3072 or seqlen <= 512 else 32
-    min_blocks, unroll = (3, 2) if lanes == 32 else (4, 1)
-    return _cut(lanes, 16, 2048, min_blocks, unroll, batch, channels, seqlen, span, device)
+    rows = batch * channels
+    lanes, steps, stage, min_blocks, unroll = (
+        (8, 16, 2048, 4, 1) if rows >= 8192 or seqlen <= 128
+        else (16, 16, 2048, 4, 1) if rows >= 3072 or seqlen <= 256
+        else (32, 16, 4096, 3, 2) if rows >= 1024 or seqlen <= 512
+        else (32, 8, 2048, 4, 2)
+    )  # fmt: skip
+    return _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device)
 
 
 @functools.lru_cache(maxsize=4096)
 def cut_backward(batch, channels, seqlen, span, device):
-    lanes = 16 if batch * channels >= 4096 or seqlen <= 256 else 32
+    lanes = 16 if batch * channels >= 4096 or seqlen <= 128 else 32
     return _cut(lanes, 8, 1024, 4, 1, batch, channels, seqlen, span, device)
 
 
@@ -76,17 +80,37 @@ def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span,
     block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
     blocks = channels // span * -(-span // block_d)
     wanted = -(-_WARPS_A_MULTIPROCESSOR * multiprocessors(device) // (batch * blocks * WARPS))
-    stretches = min(wanted, seqlen // (4 * tile)) if wanted > 1 else 1
-    stretch = -(-seqlen // max(stretches, 1))
-    stretch = -(-stretch // tile) * tile
+    stretches = min(wanted, -(-seqlen // tile))
+    if stretches < 3:  # finding what enters a stretch costs about half of scanning it
+        stretches = 1
+    stretch = -(-seqlen // (stretches * tile)) * tile
     return Cut(
         lanes, steps, stage, min_blocks, unroll, stretch, -(-seqlen // stretch), span, blocks
     )  # fmt: skip
 
 
+@functools.cache
+def shared_limit(device):
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def fit(entry, cut, macros, device):
+    """The cut and its macros with less of B and C in shared memory at a time, where a block would not fit."""
+    while shared_bytes(entry, cut, macros) > shared_limit(device) and cut.stage > cut.tile:
+        cut = cut._replace(stage=cut.stage // 2)
+        macros = macros | {"STAGE": cut.stage}
+    return cut, macros
+
+
 def passes(cut, batch, device):
-    """Groups of channels a block takes one after another in ordered mode: each block has a slot for dB and dC."""
-    return max(1, min(4, batch * cut.blocks * cut.stretches // (2 * multiprocessors(device))))
+    """Groups of channels a block takes one after another in ordered mode: each block has a slot for dB and dC.
+
+    As many as leave one block for every place on the chip.
+    """
+    return max(1, min(8, round(batch * cut.blocks * cut.stretches / (cut.min_blocks * multiprocessors(device)))))
 
 
 def shared_bytes(entry, cut, defines):

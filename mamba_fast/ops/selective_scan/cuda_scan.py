@@ -115,6 +115,8 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     u, delta, z, dy, du, ddelta, dz, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
+    if varlen:  # the tables of states take registers
+        cut = cut._replace(min_blocks=3)
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
     ordered = (1 if cut.span == channels else 2) if ordered else 0
     passes = plan.passes(cut, batch, device) if ordered else 1
@@ -182,11 +184,20 @@ class _Sums:
     def add_up(self, sums, B, C):
         """dA, dB, dC, dD, ddelta_bias in the types and shapes of the inputs."""
         total = {k: v.sum(0) if self.shapes[k][0] > 1 else v for k, v in sums.items()}
+        if B.dtype != torch.float32 and not any(self.constant):
+            total |= self._narrowed(total["dB"], total["dC"], B.dtype)
         for name, v, constant in zip(("dB", "dC"), (B, C), self.constant, strict=True):
             grad = total[name]
             if constant:
                 total[name] = grad[None, :, :, None]
             else:
                 grad = grad if grad.shape[-1] == v.shape[3] else grad[..., : v.shape[3]]
-                total[name] = grad if grad.dtype == v.dtype else grad.to(v.dtype)
+                total[name] = grad.to(v.dtype)
         return tuple(total.get(k) for k in ("dA", "dB", "dC", "dD", "dbias"))
+
+    def _narrowed(self, dB, dC, dtype):
+        """Both in one kernel: they lie one behind the other."""
+        if dB.untyped_storage().data_ptr() != dC.untyped_storage().data_ptr():
+            return {}
+        both = dB.as_strided((dB.numel() + dC.numel(),), (1,), dB.storage_offset()).to(dtype)
+        return {"dB": both[: dB.numel()].view(dB.shape), "dC": both[dB.numel() :].view(dC.shape)}

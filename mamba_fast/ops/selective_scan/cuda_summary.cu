@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   for (int i = 0; i < tiles; i++) {
     const int t0 = begin + (REVERSE ? tiles - 1 - i : i) * TILE, t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
     float delta[STEPS], x[STEPS], total = 0;
-    const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t, seqlen, w) : Cuts{};
+    const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t0, seqlen, w) : Cuts{};
     load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
     if (REVERSE) load_steps(row_of(p.dy, p.dy_b, p.dy_d, w.b, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);
     else load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, x);

@@ -221,19 +221,32 @@ struct Cuts {
   bool any;
 };
 
-__device__ __forceinline__ Cuts find_cuts(const int* seq, int t, int seqlen, const Place& w) {
-  Cuts cut = {0, 0, w.j, LANES - 1 - w.j, false};
-  int before = t > 0 && t <= seqlen ? seq[t - 1] : 0;
-  for (int i = 0; i <= STEPS && t + i < seqlen; i++) {
-    int row = seq[t + i];
-    bool start = t + i > 0 ? row != before : VARLEN;
-    if (i < STEPS) cut.starts |= (uint32)start << i;
-    if (i > 0) cut.ends |= (uint32)start << (i - 1);
-    if (VARLEN && i < STEPS && t + i == seqlen - 1) cut.ends |= 1u << i;
-    before = row;
+// Is token t the first one of a packed sequence?
+__device__ __forceinline__ bool starts_at(const int* seq, int t, int seqlen) {
+  return t < seqlen && (t > 0 ? seq[t] != seq[t - 1] : VARLEN);
+}
+
+__device__ __forceinline__ Cuts find_cuts(const int* seq, int t0, int seqlen, const Place& w) {
+  const int bit = w.j * STEPS % 32, word = w.j * STEPS / 32, t = t0 + w.j * STEPS;
+  uint32 here = 0, next = 0, any = 0;
+#pragma unroll
+  for (int i = 0; i <= TILE / 32; i++) {  // 32 tokens at a time, one a lane; of the last 32 only the first matters
+    const uint32 starts = __ballot_sync(~0u, starts_at(seq, t0 + 32 * i + w.lane, seqlen));
+    if (i == word) here = starts;
+    if (i == word + 1) next = starts;
+    any |= i < TILE / 32 ? starts : starts & 1;
   }
-  cut.any = __any_sync(~0u, (VARLEN ? cut.starts | cut.ends : cut.starts) != 0);
-  uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
+  const uint32 bits = here >> bit | (bit ? next << (32 - bit) : 0);
+  const uint32 after = bit + STEPS < 32 ? here >> (bit + STEPS) & 1 : next & 1;  // the token after this lane's steps
+  Cuts cut = {bits & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, any != 0};
+  if (VARLEN) {
+    cut.ends = cut.starts >> 1 | after << (STEPS - 1);
+    const int last = seqlen - 1 - t;
+    if (last >= 0 && last < STEPS) cut.ends |= 1u << last;
+    cut.any |= t0 + TILE >= seqlen;
+  }
+  if (!cut.any) return cut;
+  const uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
   for (int r = 0; r < LANES; r++) {
     if (w.j - r >= 0 && lanes >> ((w.j - r) * CHANNELS) & 1) cut.reach_left = min(cut.reach_left, r);
     if (w.j + r < LANES && lanes >> ((w.j + r) * CHANNELS) & 1) cut.reach_right = min(cut.reach_right, r);

@@ -1,0 +1,121 @@
+"""The CUDA kernels of the scan in every form that a size, a layout or a machine can give them."""
+
+import re
+
+import pytest
+import torch
+from cases import at_precision, check_agrees, device_of
+from scan_inputs import scan_inputs
+
+from mamba_fast import selective_scan_fn
+from mamba_fast.ops.selective_scan import cuda_launch, cuda_plan, cuda_scan
+from mamba_ref.checks import errors
+
+pytestmark = pytest.mark.cuda
+DEVICE = device_of("cuda")
+SEQ_IDX = torch.cat([torch.zeros(300), torch.ones(1), torch.full((127,), 2.0), torch.full((900,), 3.0)]).long()
+CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Prescribe how calls are cut: cut(forward lanes, backward lanes), with `stretched` in many stretches."""
+
+    def prescribe(forward, backward, stretched=False):
+        if stretched:
+            monkeypatch.setattr(cuda_plan, "_WARPS_A_MULTIPROCESSOR", 10**6)
+        for name, kind in (("cut_forward", (forward, 16, 2048, 3, 1)), ("cut_backward", (backward, 8, 1024, 3, 1))):
+            monkeypatch.setattr(cuda_plan, name, lambda *size, kind=kind: cuda_plan._cut(*kind, *size))
+        forget()
+
+    def forget():
+        cuda_scan._forward_calls.cache_clear()
+        cuda_scan._backward_calls.cache_clear()
+
+    yield prescribe
+    forget()
+
+
+@pytest.mark.parametrize("lanes", [(8, 16), (16, 32), (32, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_cut_of_a_warp(cut, lanes, dtype):
+    cut(*lanes)
+    check_agrees(scan_inputs(1, 2, 19, 600, 3), "cuda", dtype, DEVICE)
+
+
+@pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
+@pytest.mark.parametrize("B, C", [("variable", "grouped"), ("constant", "variable")])
+def test_a_sequence_cut_into_stretches(cut, packing, B, C):
+    cut(8, 16, stretched=True)
+    inputs = scan_inputs(2, 1, 6, 1328, 2, B=B, C=C, initial_state=False)
+    rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else 1
+    inputs["initial_state"] = torch.randn(rows, 6, 2).double()
+    assert cuda_plan.cut_forward(1, 6, 1328, 3, torch.device(DEVICE)).stretches > 1
+    check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups):
+    cut(8, 16)
+    monkeypatch.setattr(cuda_plan, "passes", lambda *args: 3)
+    inputs = scan_inputs(3, 2, 70, 40, 2, groups=groups)
+
+    def ordered(**options):
+        return selective_scan_fn(**options, deterministic=True)
+
+    check_agrees(inputs, "cuda", device=DEVICE, function=ordered)
+
+
+@pytest.mark.parametrize("d_state", [1, 17, 256])
+def test_few_and_many_states(d_state):
+    check_agrees(scan_inputs(4, 1, 3, 40, d_state), "cuda", device=DEVICE)
+
+
+def test_too_many_states_are_refused_by_name():
+    inputs = at_precision(scan_inputs(4, 1, 2, 5, 257), torch.float32, DEVICE)
+    with pytest.raises(ValueError, match="it holds at most 256 states a channel, and A has 257"):
+        selective_scan_fn(**inputs, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_not_aligned(dtype):
+    """An odd length, and tensors that begin one element after a multiple of 16 bytes: the same bits."""
+    inputs = at_precision(scan_inputs(5, 2, 6, 48, 2), dtype, DEVICE)
+
+    def shifted(v):
+        return torch.cat([v.new_zeros(1), v.flatten()])[1:].view(v.shape)
+
+    moved = inputs | {k: shifted(inputs[k]) for k in ("u", "delta", "z", "B", "C")}
+    got, want = (selective_scan_fn(**i, backend="cuda") for i in (moved, inputs))
+    assert torch.equal(got, want)
+
+
+def test_strides_of_more_than_31_bits(monkeypatch):
+    inputs = at_precision(scan_inputs(6, 1, 6, 70, 2), torch.float32, DEVICE)
+    want = selective_scan_fn(**inputs, backend="cuda")
+    cuda_scan._forward_calls.cache_clear()
+    monkeypatch.setattr(cuda_plan, "is_big", lambda *looks: True)
+    assert torch.equal(selective_scan_fn(**inputs, backend="cuda"), want)
+    cuda_scan._forward_calls.cache_clear()
+
+
+def test_less_shared_memory_gives_the_same_result(cut, monkeypatch):
+    """As on GPUs that give a block less than 100 KB: fewer rows of B and C at a time."""
+    cut(8, 16)
+    inputs = at_precision(scan_inputs(7, 1, 6, 200, 16), torch.float32, DEVICE)
+    want = selective_scan_fn(**inputs, backend="cuda")
+    cut(8, 16)
+    monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: 48 * 1024)
+    got = selective_scan_fn(**inputs, backend="cuda")
+    assert errors(got, want)[1] == 0
+
+
+def test_the_parameters_of_the_kernels_lie_as_python_packs_them():
+    text = next(p for p in cuda_plan.SOURCES["scan_forward"] if p.name == "cuda_tiles.cuh").read_text()
+    struct = re.search(r"struct Params \{(.*?)\};", text, re.DOTALL)[1]
+    members = re.findall(r"(const io_t|const float|const int|io_t|float|int64|int)\*? ([^;]+);", struct)
+    named = [(kind, name.strip(" *\n")) for kind, names in members for name in names.split(",")]
+    pointers = [name for kind, name in named if kind not in ("int64", "int")]
+    assert pointers == cuda_launch._POINTERS
+    assert [name for kind, name in named if kind == "int64"] == cuda_launch._STRIDES
+    assert [name for kind, name in named if kind == "int"] == cuda_launch._INTEGERS
