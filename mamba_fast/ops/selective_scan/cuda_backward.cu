@@ -26,11 +26,12 @@ __device__ __forceinline__ float sum_lanes(float v) {
   return v;
 }
 
-// State n of a tile in one warp. Leaves dB and dC of its steps in `part`.
+// State n of a tile in one warp. Leaves dB and dC of its steps in `part`, and in dA what its steps give to dA: its sum over
+// the lanes is taken with the next state, beside whose scans its shuffles cost no time.
 template <bool CUT>
 __device__ __forceinline__ void one_state(const Params& p, const Place& w, const Cuts& cut, Steps& s, float4* running,
                                           const float4* const* rows, int n, float4* part, float* constants,
-                                          const int* seq) {
+                                          const int* seq, float& dA) {
   const int64 table_row = (int64)p.channels * N, table_at = (int64)w.d * N + n;
   const float4 state = *running;
   const float A = state.x, A2 = A * LOG2E, B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + n * p.B_n] : 0.f,
@@ -95,7 +96,9 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
     round_from_right<true>(flow, decay_right, LANES / 2 * CHANNELS);
   }
   const float h_in = from_left(h_end, state.y, CHANNELS);
-  float f = from_right(flow, state.z, CHANNELS), dA = 0.f, dB_sum = 0.f, dC_sum = 0.f;
+  float f = from_right(flow, state.z, CHANNELS), dB_sum = 0.f, dC_sum = 0.f;
+  const float dA_before = sum_lanes(dA);
+  dA = 0.f;
   {
     float v = h_in;
 #pragma unroll
@@ -134,12 +137,11 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
     if (C_CONSTANT) dC_sum += dCs[0] + dCs[1] + dCs[2] + dCs[3];
     else part[PART / 2 + q * 32] = make_float4(dCs[0], dCs[1], dCs[2], dCs[3]);
   }
-  dA = sum_lanes(dA);
   if (B_CONSTANT) dB_sum = sum_lanes(dB_sum);
   if (C_CONSTANT) dC_sum = sum_lanes(dC_sum);
   if (w.j == 0) {
     running->z = flow;
-    running->w += dA;
+    if (n > 0) running[-1].w += dA_before;
     if (B_CONSTANT) constants[0] += dB_sum;
     if (C_CONSTANT) constants[1] += dC_sum;
   }

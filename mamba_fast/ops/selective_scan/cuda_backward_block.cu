@@ -81,7 +81,7 @@ __device__ __forceinline__ void finish_block(const Params& p, const Block& k, co
 // Rows n0 ... n0 + STAGED of a tile, one after another; dB and dC of each to global memory.
 template <bool CUT>
 __device__ __forceinline__ void walk_states(const Params& p, float4* memory, const Block& k, const Place& w, const Cuts& cut,
-                                            Steps& steps, const float4* matrices, int n0, int t0, int& phase, bool fresh) {
+                                            Steps& steps, const float4* matrices, int n0, int t0, int& phase, float& dA, bool fresh) {
   const Share share = find_share(p, memory, k, ORDERED ? blockIdx.x % p.blocks : 0);
   const int* seq = PACKED ? p.seq + (int64)w.b * p.seqlen + t0 + w.j * STEPS : nullptr;
   const bool adds = share.here && t0 + share.t < p.seqlen;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void walk_states(const Params& p, float4* memory, con
 #pragma unroll UNROLL
   for (int m = 0; m < STAGED; m++) {
     if (N % STAGED && n0 + m >= N) break;
-    one_state<CUT>(p, w, cut, steps, running, rows, n0 + m, part + phase, constants, seq);
+    one_state<CUT>(p, w, cut, steps, running, rows, n0 + m, part + phase, constants, seq, dA);
     if (!B_CONSTANT || !C_CONSTANT) {
       __syncthreads();
       if (adds) add_matrices(share.from + phase, share.turn, to, fresh);
@@ -131,6 +131,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
 #pragma unroll 1
   for (; t0 >= k.begin; t0 -= TILE) {
     Steps steps;
+    float dA = 0.f;  // of the last state that was done
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
       const Place w = find_place(p, k);
@@ -157,13 +158,15 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
       __syncthreads();
       const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t0, p.seqlen, w) : Cuts{};
       const bool fresh = pass == 0 && ORDERED == 1;
-      if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);
-      else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, fresh);
+      if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, dA, fresh);
+      else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, dA, fresh);
     }
     wait_async();
     __syncwarp();
     const Place w = find_place(p, k);
     const int t = t0 + w.j * STEPS;
+    dA = sum_lanes(dA);
+    if (w.j == 0) memory[RUNNING + w.local * ROW_A + N - 1].w += dA;
     uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS;
     const float dbias = sum_lanes(finish_tile(p, w, steps, slots, t, w.here ? p.seqlen - t : 0));
     if (w.j == 0) numbers[SUMS + 2 * w.local + 1] += dbias;
