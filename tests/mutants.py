@@ -9,6 +9,8 @@ sources, and tests/test_mutants.py asserts that none survives.
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_cuda import ROWS
+
 SCAN = "mamba_fast/ops/selective_scan/"
 AGREES = "mamba_fast/test_selective_scan.py::"
 PROPERTIES = "mamba_fast/test_properties.py::"
@@ -33,7 +35,7 @@ class Mutant:
         if self.file.startswith("mamba_ref/"):
             return "reference"
         room = Path(self.file).stem.split("_")[0]
-        return room if room in ("torch", "numba", "triton") else "all"
+        return room if room in ("torch", "numba", "triton", "cuda") else "all"
 
 
 NUMBA = (
@@ -272,7 +274,8 @@ CONVOLUTION = (
            CONVS + "test_packed_rows_that_are_shorter_than_the_taps[torch]"),
 )  # fmt: skip
 
-MUTANTS = (*NUMBA, *TRITON, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *REFERENCE)
+CUDA = tuple(Mutant(*row) for row in ROWS)
+MUTANTS = (*NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *REFERENCE)
 
 
 def table():

@@ -49,9 +49,9 @@ def conv_rows_backward_kernel(
     sums = _no_sums(BLOCK_D, BLOCK_G, WIDTH)
     for row in range(part * rows, tl.minimum(part * rows + rows, batch)):
         b = tl.cast(row, tl.int64)
-        x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None]
-        dy_rows = dy_ptr + tl.multiple_of(b * dy_strides[0] + offs_d * dy_strides[1], VEC)[:, None]
-        dx_rows = dx_ptr + tl.multiple_of(b * dx_strides[0] + offs_d * dx_strides[1], VEC)[:, None]
+        x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None, None]
+        dy_rows = dy_ptr + tl.multiple_of(b * dy_strides[0] + offs_d * dy_strides[1], VEC)[:, None, None]
+        dx_rows = dx_ptr + tl.multiple_of(b * dx_strides[0] + offs_d * dx_strides[1], VEC)[:, None, None]
         reach_row = reach_ptr
         if PACKED:
             reach_row = reach_ptr + tl.multiple_of(b * seqlen, VEC)
@@ -142,16 +142,17 @@ def conv_columns_backward_kernel(
     mask_d = offs_d < channels
     taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, 1.0, WIDTH, HAS_BIAS)
     mask_d = inside(offs_d, channels, VEC)[:, None]
-    t = ((tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run)[None, :]
-    left = tl.cast(tl.minimum(seqlen - t, run), tl.int32)  # steps of this stretch
+    t = (tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run
     x_at = columns_at(x_ptr, b, offs_d, t + run, x_strides, VEC)
     dy_at = columns_at(dy_ptr, b, offs_d, t + run, dy_strides, VEC)
     dx_at = columns_at(dx_ptr, b, offs_d, t + run, dx_strides, VEC)
+    t = t[None, :]
+    left = tl.cast(tl.minimum(seqlen - t, run), tl.int32)  # steps of this stretch
     reach_at = reach_ptr
     if PACKED:
         reach_at = reach_ptr + b * seqlen
-    dp, reach = _after(x_at, dy_at, x_strides[2], dy_strides[2], reach_at, t + run, mask_d, seqlen, taps, bias,
-                       WIDTH, SILU, PACKED, VEC)  # fmt: skip
+    dp, reach = _after(x_at, dy_at, x_strides[2], dy_strides[2], reach_at, t + run, mask_d, seqlen, taps,
+                       bias, WIDTH, SILU, PACKED, VEC)  # fmt: skip
     sums = _no_sums(BLOCK_D, BLOCK_G, WIDTH)
     x, dy = (), ()
     for i in tl.static_range(STEPS):
@@ -172,7 +173,15 @@ def conv_columns_backward_kernel(
                 mask = mask_d & (first - STEPS + i // UNIT * UNIT < left) & ((first > 0) | (t > 0))
             x_before += (tl.load(x_at + tl.multiple_of(step * x_strides[2], VEC), mask=mask, other=0.0),)
         window = enter(
-            x_before[STEPS - WIDTH + 1 :], init_ptr, init_strides, b, offs_d, mask_d, t + first, WIDTH, HAS_INIT
+            x_before[STEPS - WIDTH + 1 :],
+            init_ptr,
+            init_strides,
+            b,
+            offs_d,
+            mask_d,
+            t + first,
+            WIDTH,
+            HAS_INIT,
         )
         here, steps = (), ()
         for i in tl.static_range(STEPS):

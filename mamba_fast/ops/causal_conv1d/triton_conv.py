@@ -42,13 +42,15 @@ class Blocks(NamedTuple):
 
 BLOCKS = {
     "forward_rows": Blocks(tile=256, steps=8, warps=4, programs=0),
-    "forward_columns": Blocks(tile=256, steps=8, warps=4, programs=8, block_d=128, run=32),
-    "backward_rows": Blocks(tile=64, steps=16, warps=2, programs=12),
-    "backward_columns": Blocks(tile=256, steps=4, warps=4, programs=6, block_d=128, run=64),
+    "forward_columns": Blocks(tile=512, steps=8, warps=4, programs=8, block_d=128, run=32),
+    "backward_rows": Blocks(tile=64, steps=16, warps=2, programs=8),
+    "backward_columns": Blocks(tile=256, steps=4, warps=4, programs=7, block_d=128, run=64),
 }
-if interpreted():  # small tiles, so that short sequences have several
+if interpreted():  # small tiles and few programs, so that short sequences have several of both
     BLOCKS = {
-        name: b._replace(tile=8) if name.endswith("rows") else b._replace(tile=16, block_d=4, run=16)
+        name: b._replace(tile=8, programs=min(b.programs, 2))
+        if name.endswith("rows")
+        else b._replace(tile=16, block_d=4, run=16, programs=2)
         for name, b in BLOCKS.items()
     }
 
@@ -99,7 +101,18 @@ def _plan_rows(x, table, together, vec, unit):
     run, rows = -(-tiles // parts), max(1, share // tiles)
     tiles, rows = -(-tiles // run), -(-batch // -(-batch // rows))
     return _Plan(
-        False, block_d, block_g, steps, unit, vec, run, rows, tiles, tiles * -(-batch // rows), blocks, table.warps
+        False,
+        block_d,
+        block_g,
+        steps,
+        unit,
+        vec,
+        run,
+        rows,
+        tiles,
+        tiles * -(-batch // rows),
+        blocks,
+        table.warps,
     )
 
 
@@ -166,8 +179,8 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu):
     kernel = conv_columns_backward_kernel if plan.columns else conv_rows_backward_kernel
     kernel[(plan.parts * plan.blocks,)](
         x, weight, bias, initial_states, _reach(seq_idx, width), dy, dx, sums, dweight, dbias, dinit,
-        x.stride(), weight.stride(), _strides(initial_states), dy.stride(), dx.stride(), _strides(dinit), batch,
-        channels, seqlen, plan.tiles, plan.blocks, plan.run, plan.rows,
+        x.stride(), weight.stride(), _strides(initial_states), dy.stride(), dx.stride(), _strides(dinit),
+        batch, channels, seqlen, plan.tiles, plan.blocks, plan.run, plan.rows,
         WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=dinit is not None,
         PACKED=seq_idx is not None, DIRECT=direct, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec,
         BLOCK_D=plan.block_d, BLOCK_G=plan.block_g, num_warps=plan.warps,

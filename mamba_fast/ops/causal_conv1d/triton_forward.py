@@ -34,7 +34,7 @@ def conv_rows_kernel(
     mask_d = mask_d[:, None]
     offs_l = offsets(tile, BLOCK_G, STEPS, UNIT)
     starts = ((tile * BLOCK_G + tl.arange(0, BLOCK_G)) * STEPS)[None, :]
-    x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None]
+    x_rows = x_ptr + tl.multiple_of(b * x_strides[0] + offs_d * x_strides[1], VEC)[:, None, None]
     past = load_groups(x_rows, x_strides[2], offs_l - UNIT, mask_d, seqlen, 0.0, UNIT, UNIT, VEC)
     here = load_groups(x_rows, x_strides[2], offs_l, mask_d, seqlen, 0.0, STEPS, UNIT, VEC)
     window = enter(
@@ -50,7 +50,7 @@ def conv_rows_kernel(
     for i in tl.static_range(STEPS):
         p = convolve(window, i, taps, bias, reach[i], WIDTH, PACKED)
         y += (activate(p, reach[i], SILU, PACKED).to(y_ptr.dtype.element_ty),)
-    y_rows = y_ptr + tl.multiple_of(b * y_strides[0] + offs_d * y_strides[1], VEC)[:, None]
+    y_rows = y_ptr + tl.multiple_of(b * y_strides[0] + offs_d * y_strides[1], VEC)[:, None, None]
     store_groups(y_rows, y_strides[2], offs_l, mask_d, seqlen, y, STEPS, UNIT, VEC)
 
 
@@ -71,13 +71,16 @@ def conv_columns_kernel(
     scale: tl.constexpr = LOG2E if SILU else 1.0
     taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, scale, WIDTH, HAS_BIAS)
     mask_d = inside(offs_d, channels, VEC)[:, None]
-    t = ((tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run)[None, :]
+    t = (tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run
     x_at = columns_at(x_ptr, b, offs_d, t, x_strides, VEC)
     y_at = columns_at(y_ptr, b, offs_d, t, y_strides, VEC)
+    t = t[None, :]
     past = ()
     for k in tl.static_range(1 - WIDTH, 0):
         mask = mask_d & (t + k >= 0) & (t + k < seqlen)
-        past += (tl.load(x_at + tl.multiple_of(tl.cast(k, tl.int64) * x_strides[2], VEC), mask=mask, other=0.0),)
+        past += (
+            tl.load(x_at + tl.multiple_of(tl.cast(k, tl.int64) * x_strides[2], VEC), mask=mask, other=0.0),
+        )
     past = enter(past, init_ptr, init_strides, b, offs_d, mask_d, t, WIDTH, HAS_INIT)
     left = tl.cast(tl.minimum(seqlen - t, run), tl.int32)  # steps of this stretch
     for done in range(0, run, STEPS):

@@ -36,9 +36,9 @@ def inside(offs, size, VEC: tl.constexpr):
 
 @triton.jit
 def split_steps(tile, STEPS: tl.constexpr):
-    """(BLOCK_D, BLOCK_G * STEPS) as STEPS tiles (BLOCK_D, BLOCK_G); STEPS is 4 or 8."""
+    """(BLOCK_D, BLOCK_G, STEPS) as STEPS tiles (BLOCK_D, BLOCK_G); STEPS is 4 or 8."""
     BLOCK_D: tl.constexpr = tile.shape[0]
-    BLOCK_G: tl.constexpr = tile.shape[1] // STEPS
+    BLOCK_G: tl.constexpr = tile.shape[1]
     if STEPS == 8:
         even, odd = tl.split(tile.reshape(BLOCK_D, BLOCK_G, 2, 2, 2))
         s04, s26 = tl.split(even)
@@ -58,7 +58,7 @@ def split_steps(tile, STEPS: tl.constexpr):
 
 @triton.jit
 def join_steps(s, STEPS: tl.constexpr):
-    """STEPS tiles (BLOCK_D, BLOCK_G) as one (BLOCK_D, BLOCK_G * STEPS)."""
+    """STEPS tiles (BLOCK_D, BLOCK_G) as one (BLOCK_D, BLOCK_G, STEPS)."""
     BLOCK_D: tl.constexpr = s[0].shape[0]
     BLOCK_G: tl.constexpr = s[0].shape[1]
     if STEPS == 8:
@@ -66,29 +66,29 @@ def join_steps(s, STEPS: tl.constexpr):
         odd = tl.join(tl.join(s[1], s[5]), tl.join(s[3], s[7]))
     else:
         even, odd = tl.join(s[0], s[2]), tl.join(s[1], s[3])
-    return tl.join(even, odd).reshape(BLOCK_D, BLOCK_G * STEPS)
+    return tl.join(even, odd).reshape(BLOCK_D, BLOCK_G, STEPS)
 
 
 @triton.jit
 def offsets(tile, BLOCK_G: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr):
-    """(BLOCK_G * UNIT,): the first UNIT steps of every group of STEPS steps; UNIT numbers are an access."""
-    i = tl.arange(0, BLOCK_G * UNIT)
-    return tile * (BLOCK_G * STEPS) + i // UNIT * STEPS + i % UNIT
+    """(1, BLOCK_G, UNIT): the first UNIT steps of every group of STEPS; UNIT of them are one access."""
+    groups = (tile * BLOCK_G + tl.arange(0, BLOCK_G)) * STEPS
+    return (groups[:, None] + tl.arange(0, UNIT)[None, :])[None, :, :]
 
 
 @triton.jit
 def load_groups(
     ptr, stride, offs_l, mask_d, seqlen, other, STEPS: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr
 ):
-    """STEPS tiles (BLOCK_D, BLOCK_G) of a tensor whose time steps lie side by side: UNIT a thread and access.
+    """STEPS tiles (BLOCK_D, BLOCK_G) of a tensor whose time steps lie side by side.
 
-    ptr (BLOCK_D, 1) points to the first step of each channel. `other` where there is no such step.
+    ptr (BLOCK_D, 1, 1) points to the first step of each channel. `other` where there is no such step.
     """
     steps = ()
     for k in tl.static_range(0, STEPS, UNIT):
         offs = offs_l + k
-        mask = mask_d & inside(offs, seqlen, VEC)[None, :] & (offs >= 0)[None, :]
-        steps += split_steps(tl.load(ptr + offs[None, :] * stride, mask=mask, other=other), UNIT)
+        mask = mask_d[:, :, None] & inside(offs, seqlen, VEC) & (offs >= 0)
+        steps += split_steps(tl.load(ptr + offs * stride, mask=mask, other=other), UNIT)
     return steps
 
 
@@ -98,15 +98,15 @@ def store_groups(
 ):
     """The reverse of `load_groups`."""
     for k in tl.static_range(0, STEPS, UNIT):
-        mask = mask_d & inside(offs_l + k, seqlen, VEC)[None, :]
-        tl.store(ptr + (offs_l + k)[None, :] * stride, join_steps(steps[k : k + UNIT], UNIT), mask=mask)
+        mask = mask_d[:, :, None] & inside(offs_l + k, seqlen, VEC)
+        tl.store(ptr + (offs_l + k) * stride, join_steps(steps[k : k + UNIT], UNIT), mask=mask)
 
 
 @triton.jit
 def columns_at(ptr, b, offs_d, t, strides, VEC: tl.constexpr):
-    """(BLOCK_D, BLOCK_G) addresses of a tensor whose channels lie side by side; t is (1, BLOCK_G)."""
+    """(BLOCK_D, BLOCK_G) addresses of a tensor whose channels lie side by side; t is (BLOCK_G,)."""
     first = ptr + tl.multiple_of(b * strides[0], VEC) + offs_d[:, None] * strides[1]
-    return first + tl.multiple_of(t * strides[2], (VEC, VEC))
+    return first + tl.multiple_of(t * strides[2], VEC)[None, :]
 
 
 @triton.jit

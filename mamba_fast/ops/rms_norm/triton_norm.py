@@ -160,10 +160,10 @@ def norm_backward_kernel(
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offs, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    part_ptrs = parts_ptr + pid.to(tl.int64) * WIDTH + cols
+    part_ptrs = parts_ptr + tl.cast(pid, tl.int64) * WIDTH + cols
     tl.store(part_ptrs, tl.sum(dweight, axis=0), mask=mask_cols)
     if HAS_BIAS:
-        tl.store(part_ptrs + programs.to(tl.int64) * WIDTH, tl.sum(dbias, axis=0), mask=mask_cols)
+        tl.store(part_ptrs + tl.cast(programs, tl.int64) * WIDTH, tl.sum(dbias, axis=0), mask=mask_cols)
 
 
 @triton.jit
