@@ -4,11 +4,13 @@ EXTRAS := cpu,triton,cuda,notebooks,dev
 RUN := .venv/bin/python -m
 INSTALLED := .venv/.installed
 
-.PHONY: help compare test lab
+.PHONY: help compare test test-gpu sanitize lab
 
 help:
 	@echo 'make compare   the reference beside every backend this machine has: outputs, gradients, times, a figure'
 	@echo 'make test      lint, every test, every notebook'
+	@echo 'make test-gpu  every test that a GPU is for, with the packages that PYTHON has: installs nothing'
+	@echo 'make sanitize  the CUDA kernels under memcheck, racecheck and initcheck; installs nothing'
 	@echo 'make lab       JupyterLab on notebooks/'
 	@echo 'The first one makes .venv; PYTHON=python3.12 make ... makes it from that Python (3.10 to 3.14).'
 
@@ -22,6 +24,15 @@ test: $(INSTALLED)
 	$(RUN) pytest -n 2 --dist loadfile
 	$(RUN) pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 120 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+# Several processes where pytest-xdist is there: most of the time goes into compiling.
+test-gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o minversion=7 -p no:cacheprovider -q \
+		$(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) -m 'gpu or triton or cuda' tests/mamba_fast
+
+sanitize:
+	for tool in memcheck racecheck initcheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/sanitize_cuda.py || exit 1; done
 
 lab: $(INSTALLED)
 	$(RUN) jupyterlab notebooks

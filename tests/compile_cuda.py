@@ -26,7 +26,7 @@ PACKINGS = {
     "cu_seqlens": lambda length: {"cu_seqlens": torch.tensor([0, length // 3, length])},
 }
 # (channels, tokens) that take every row of the table in cuda_plan, the last one cut into stretches
-SIZES = ((8192, 2048), (4096, 2048), (512, 1024), (4, 40000))
+SIZES = ((8192, 2048), (4096, 2048), (1536, 4096), (512, 1024), (4, 40000))
 
 
 class Noted:

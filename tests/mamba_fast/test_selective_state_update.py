@@ -163,26 +163,29 @@ def test_padding_is_zero_also_where_a_parameter_is_not_finite(room, device):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("sequences", [1, 2, 4])
+@pytest.mark.parametrize("walk, batch", [(1, 5), (2, 5), (5, 5), (3, 9)])
 @pytest.mark.parametrize("indexed", [True, False])
-def test_triton_tiles_of_several_sequences(monkeypatch, sequences, indexed):
+def test_triton_walks_over_any_number_of_sequences(monkeypatch, walk, batch, indexed):
     from mamba_fast.ops.selective_state_update import triton_update
 
-    for name, value in (("_TILE", 64), ("_SEQUENCES", sequences), ("_PROGRAMS_A_MULTIPROCESSOR", 0)):
-        monkeypatch.setattr(triton_update, name, value)
+    monkeypatch.setattr(triton_update, "_plan", lambda *sizes: (4, walk, 1))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = step_inputs(5, 2, 11, 4, 2, seed=10, slots=5, device=device)
-    check_step(inputs, "triton", torch.tensor([4, 2, 0, 1, 3], device=device) if indexed else None)
+    inputs = step_inputs(batch, 2, 11, 4, 2, seed=10, slots=batch, device=device)
+    indices = torch.arange(batch, device=device).flip(0).roll(1) if indexed else None
+    check_step(inputs, "triton", indices)
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("programs", [1, 1000])
-def test_triton_tiles_of_few_channels(monkeypatch, programs):
+@pytest.mark.parametrize(
+    "size", [(1, 1, 5120), (2, 1, 70), (16, 1, 5120), (64, 80, 64), (256, 1, 5120), (300, 3, 1)]
+)
+@pytest.mark.parametrize("d_state", [1, 16, 128, 256])
+def test_triton_plans_cover_everything_once(size, d_state):
     from mamba_fast.ops.selective_state_update import triton_update
 
-    monkeypatch.setattr(triton_update, "_PROGRAMS_A_MULTIPROCESSOR", programs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_step(step_inputs(2, 0, 70, 16, seed=10, device=device), "triton")
+    block_p, walk, warps = triton_update._plan(*size, d_state, 132)
+    assert 1 <= walk <= size[0]
+    assert block_p * d_state >= 32 * warps or warps == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

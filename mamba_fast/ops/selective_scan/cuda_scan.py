@@ -102,6 +102,8 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
     u, delta, z, y, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_forward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
+    if packed and cut.min_blocks > 3:  # where sequences start takes registers
+        cut = cut._replace(min_blocks=3)
     wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
         cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide, big=plan.is_big(*looks)
