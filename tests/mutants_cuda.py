@@ -6,7 +6,7 @@ AGREES, CUTS = "mamba_fast/test_selective_scan.py::", "mamba_fast/test_cuda_scan
 ROWS = (
     ("a tile begins from the state before the last lane's steps", SCAN + "cuda_forward.cu",
      "if (w.j == LANES - 1) running->y = h;", "if (w.j == LANES - 2) running->y = h;",
-     CUTS + "test_every_cut_of_a_warp[dtype0-lanes0]"),
+     CUTS + "test_every_cut_of_a_warp[dtype0-kinds0]"),
     ("a NaN passes the start of a packed sequence", SCAN + "cuda_forward.cu",
      "cut.starts >> k & 1 ? run.x[k] : fmaf", "cut.starts >> k & 1 ? fmaf(0.f, h, run.x[k]) : fmaf",
      AGREES + "test_nan_stays_in_its_packed_sequence[cuda]"),
@@ -15,7 +15,7 @@ ROWS = (
      AGREES + "test_packed_rows[cuda-5-False]"),
     ("the flow does not pass from one tile to the one before", SCAN + "cuda_backward.cu",
      "    running->z = flow;\n", "",
-     CUTS + "test_every_cut_of_a_warp[dtype0-lanes0]"),
+     CUTS + "test_every_cut_of_a_warp[dtype0-kinds0]"),
     ("the slope of softplus is left out", SCAN + "cuda_backward.cu",
      "SOFTPLUS ? sigmoid(out[i] + bias) : 1.f", "1.f",
      AGREES + "test_every_length[cuda-33]"),

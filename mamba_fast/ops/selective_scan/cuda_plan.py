@@ -57,25 +57,26 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-@functools.lru_cache(maxsize=4096)
+# lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so that B and
+# C serve several channels and the scan over lanes is short. Few rows: many lanes, so that there are warps enough.
+FORWARD = {8192: (8, 16, 2048, 4, 1), 3072: (16, 16, 2048, 4, 1), 1024: (32, 16, 4096, 3, 2), 0: (32, 8, 2048, 4, 2)}
+BACKWARD = {4096: (16, 8, 1024, 4, 1), 0: (32, 8, 1024, 4, 1)}
+SHORT = (16, 8, 1024, 4, 1)  # up to CHUNK tokens: no wider tile
+
+
 def cut_forward(batch, channels, seqlen, span, device):
-    """Many channels: few lanes each, so that B and C serve several channels and the scan over lanes is short."""
-    rows = batch * channels
-    lanes, steps, stage, min_blocks, unroll = (
-        (8, 16, 2048, 4, 1) if rows >= 8192 or seqlen <= 128
-        else (16, 16, 2048, 4, 1) if rows >= 3072 or seqlen <= 256
-        else (32, 16, 4096, 3, 2) if rows >= 1024 or seqlen <= 512
-        else (32, 8, 2048, 4, 2)
-    )  # fmt: skip
-    return _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device)
+    return _cut(*_kind(FORWARD, batch * channels, seqlen), batch, channels, seqlen, span, device)
+
+
+def cut_backward(batch, channels, seqlen, span, device):
+    return _cut(*_kind(BACKWARD, batch * channels, seqlen), batch, channels, seqlen, span, device)
+
+
+def _kind(table, rows, seqlen):
+    return SHORT if seqlen <= CHUNK else next(kind for least, kind in table.items() if rows >= least)
 
 
 @functools.lru_cache(maxsize=4096)
-def cut_backward(batch, channels, seqlen, span, device):
-    lanes = 16 if batch * channels >= 4096 or seqlen <= 128 else 32
-    return _cut(lanes, 8, 1024, 4, 1, batch, channels, seqlen, span, device)
-
-
 def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device):
     block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
     blocks = channels // span * -(-span // block_d)
