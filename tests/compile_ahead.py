@@ -130,6 +130,13 @@ def specialised(value, path, constants, attributes):
     return f"*{TYPES[value.dtype]}" if tensor else "fp32" if isinstance(value, float) else "i32"
 
 
+def as_ones(value):
+    """Every integer argument 1, which Triton turns into a constant: a kernel must compile with that too."""
+    if isinstance(value, tuple):
+        return tuple(map(as_ones, value))
+    return 1 if isinstance(value, int) else value
+
+
 def source(kernel, args, options):
     """What the compiler is given for a launch, and the options that are no arguments of the kernel."""
     options = dict(options)
@@ -167,13 +174,26 @@ def cases(architectures):
 
 def report(noted, arch, **label):
     """Compile each different launch once and print what it needs."""
+    for kernel, given, options in different(noted):
+        built = triton.compile(given, target=GPUTarget("cuda", arch, 32), options=options)
+        print(json.dumps({"arch": arch, "kernel": kernel.__name__} | label | resources(built)))
+
+
+def compile_with_ones(noted, arch):
+    """Each different launch as if all of its sizes and strides were 1."""
+    ones = [(kernel, tuple(map(as_ones, args)), options) for kernel, args, options in noted]
+    for _, given, options in different(ones):
+        triton.compile(given, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def different(noted):
+    """(kernel, what the compiler is given, options) of each launch, once."""
     done = set()
     for kernel, args, options in noted:
         given, options = source(kernel, args, options)
         if given.hash() not in done:
             done.add(given.hash())
-            built = triton.compile(given, target=GPUTarget("cuda", arch, 32), options=options)
-            print(json.dumps({"arch": arch, "kernel": kernel.__name__} | label | resources(built)))
+            yield kernel, given, options
 
 
 if __name__ == "__main__":
@@ -184,3 +204,5 @@ if __name__ == "__main__":
     for arch, dtype in itertools.product(architectures, DTYPES):
         noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype)
         report(noted, arch, dtype=TYPES[dtype], packing="none")
+        if (arch, dtype) == (architectures[0], torch.bfloat16):
+            compile_with_ones(noted + launches(dtype, PACKINGS["none"], True), arch)

@@ -92,7 +92,7 @@ def _plan(x, direction, *others):
 def _plan_rows(x, table, together, vec, unit):
     """A program is given as many tiles as leave `together` programs; all of its channels' if it can."""
     batch, channels, seqlen = x.shape
-    steps = max(unit, table.steps * unit // 8)
+    steps = unit if vec == 1 else max(unit, table.steps * unit // 8)  # number by number takes more registers
     block_g = min(table.tile, _power_of_2(-(-seqlen // steps)))
     block_d = max(table.block_d, min(table.tile // block_g, _power_of_2(channels)))
     tiles, blocks = -(-seqlen // (block_g * steps)), -(-channels // block_d)
@@ -159,10 +159,13 @@ def forward(x, weight, bias, seq_idx, initial_states, silu, want_final):
     return y, x.new_empty(0)
 
 
-def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu):
-    """dx, dweight, dbias, dinitial_states; None if absent. dfinal is None if nobody wanted final states."""
+def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu, dx=None):
+    """dx, dweight, dbias, dinitial_states; None if absent. dfinal is None if nobody wanted final states.
+
+    dx is written into `dx` if that is given; its time steps or channels lie side by side as those of x do.
+    """
     (batch, channels, seqlen), width = x.shape, weight.shape[1]
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if dx is None else dx
     plan = _plan(x, "backward", dx.stride(), dy.stride())
     fast = 1 if plan.columns else 2
     if dy.stride(fast) != 1:  # reading across the grain is slower than a copy

@@ -139,6 +139,7 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
   }
   if (B_CONSTANT) dB_sum = sum_lanes(dB_sum);
   if (C_CONSTANT) dC_sum = sum_lanes(dC_sum);
+  __syncwarp();  // every lane has read the running numbers
   if (w.j == 0) {
     running->z = flow;
     if (n > 0) running[-1].w += dA_before;

@@ -45,6 +45,7 @@ __device__ __forceinline__ void first_run(Run& run, const float4* const* rows, f
     for (int r = 1; r < LANES / 2; r *= 2) round_from_left<false>(h, decay, r * CHANNELS);
     round_from_left<true>(h, decay, LANES / 2 * CHANNELS);
   }
+  __syncwarp();  // every lane has read the running state
   if (w.j == LANES - 1) running->y = h;
   run.h = from_left(h, carry, CHANNELS);
 }

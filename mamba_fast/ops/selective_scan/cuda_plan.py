@@ -59,8 +59,8 @@ def spans(u, B, C):
 
 # lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so that B and
 # C serve several channels and the scan over lanes is short. Few rows: many lanes, so that there are warps enough.
-FORWARD = {8192: (8, 16, 2048, 4, 1), 3072: (16, 16, 2048, 4, 1), 1024: (32, 16, 4096, 3, 2), 0: (32, 8, 2048, 4, 2)}
-BACKWARD = {4096: (16, 8, 1024, 4, 1), 0: (32, 8, 1024, 4, 1)}
+FORWARD = {8192: (8, 16, 2048, 3, 2), 3072: (16, 16, 2048, 3, 2), 1024: (32, 8, 2048, 4, 2), 0: (32, 16, 4096, 3, 2)}
+BACKWARD = {4096: (16, 8, 1024, 4, 1), 1024: (32, 8, 1024, 3, 2), 0: (16, 8, 2048, 3, 1)}
 SHORT = (16, 8, 1024, 4, 1)  # up to CHUNK tokens: no wider tile
 
 
