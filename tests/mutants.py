@@ -17,6 +17,7 @@ PROPERTIES = "mamba_fast/test_properties.py::"
 UPDATE, UPDATES = "mamba_fast/ops/selective_state_update/", "mamba_fast/test_selective_state_update.py::"
 NORM, NORMS = "mamba_fast/ops/rms_norm/", "mamba_fast/test_rms_norm.py::"
 CONV, CONVS = "mamba_fast/ops/causal_conv1d/", "mamba_fast/test_causal_conv1d.py::"
+INNER, INNERS = "mamba_fast/ops/mamba_inner/", "mamba_fast/test_mamba_inner.py::"
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ CONVOLUTION = (
            CONVS + "test_every_length[triton-65-columns]"),
     Mutant("a program leaves its last batch element out", CONV + "triton_backward.py",
            "tl.minimum(part * rows + rows, batch)", "tl.minimum(part * rows + rows, batch - 1)",
-           CONVS + "test_programs_share_out_a_channel[rows-5-40]"),
+           CONVS + "test_programs_share_out_a_channel[triton-5-40-rows]"),
     Mutant("the last share of dweight is lost", CONV + "triton_backward.py",
            "mask = (p + rows < parts)", "mask = (p + rows < parts - 1)",
            CONVS + "test_every_length[triton-2-rows]"),
@@ -280,8 +281,29 @@ CONVOLUTION = (
            CONVS + "test_packed_rows_that_are_shorter_than_the_taps[torch]"),
 )  # fmt: skip
 
+BLOCK = (
+    Mutant("out_proj's bias has one gradient for all", INNER + "fused_inner.py",
+           "dout.sum((0, 1), dtype=_wide(dout))", "dout.sum(dtype=_wide(dout)).expand_as(t.out_bias)",
+           INNERS + "test_every_option[numba-1-all]"),
+    Mutant("the rows of B and C change places", INNER + "parts.py",
+           "x_dbl[:, rank : rank + rows]", "x_dbl[:, x_dbl.shape[1] - rows :]",
+           INNERS + "test_every_option[torch-1-plain]"),
+    Mutant("u hears of its loss by the scan alone", INNER + "fused_inner.py",
+           "t.x_proj.T.expand(batch, -1, -1), dx_dbl)", "0 * t.x_proj.T.expand(batch, -1, -1), dx_dbl)",
+           INNERS + "test_every_option[numba-1-plain]"),
+    Mutant("the norm of delta is left out of the backward", INNER + "fused_inner.py",
+           "ddelta, ddelta_rms = normed_backward(", "_, ddelta_rms = normed_backward(",
+           INNERS + "test_every_option[numba-1-all]"),
+    Mutant("the gradient of a norm's weight from the values before it", INNER + "parts.py",
+           "(dy * x_hat).sum", "(dy * v).sum",
+           INNERS + "test_every_option[numba-0-all]"),
+    Mutant("level 0 keeps as little as level 1", INNER + "fused_inner.py",
+           "if settings.level == 0 else ()", "if settings.level < 0 else ()",
+           INNERS + "test_a_level_keeps_what_it_says[numba]"),
+)  # fmt: skip
+
 CUDA = tuple(Mutant(*row) for row in ROWS)
-MUTANTS = (*NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *REFERENCE)
+MUTANTS = (*NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *REFERENCE)
 
 
 def table():

@@ -128,7 +128,7 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
       dBs[i] = g * s.du[k];
       dCs[i] = h[k] * s.dy[k];
       if (CUT && cut.starts >> k & 1) {
-        if (VARLEN && w.here) p.dtable[seq[k] * table_row + table_at] = f;
+        if (VARLEN && w.here && p.dtable) p.dtable[seq[k] * table_row + table_at] = f;
         f = 0.f;
       }
     }

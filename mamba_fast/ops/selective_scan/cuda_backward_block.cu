@@ -74,7 +74,7 @@ __device__ __forceinline__ void finish_block(const Params& p, const Block& k, co
     add(p.dA + slot * row + at, running[n].w);
     if (B_CONSTANT) add(p.dB + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n)]);
     if (C_CONSTANT) add(p.dC + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n) + 1]);
-    if (!VARLEN && k.stretch == 0) p.dfirst[k.b * row + at] = running[n].z;
+    if (!VARLEN && p.dfirst && k.stretch == 0) p.dfirst[k.b * row + at] = running[n].z;
   }
 }
 

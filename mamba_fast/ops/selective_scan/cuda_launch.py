@@ -20,6 +20,7 @@ _INTEGERS = (
 ).split()
 _HEAD = struct.Struct(f"{len(_POINTERS)}q")
 _TAIL = struct.Struct(f"{len(_STRIDES)}q{len(_INTEGERS)}i")
+_PLACES = {name: place for place, name in enumerate(_POINTERS)}
 _SIZE = _HEAD.size + _TAIL.size
 
 
@@ -45,6 +46,9 @@ class Launch:
         self.grid, self.threads = grid, threads
 
     def __call__(self, given):
-        pointers = [0 if (t := given.get(name)) is None else t.data_ptr() for name in _POINTERS]
+        pointers = [0] * len(_POINTERS)
+        for name, tensor in given.items():
+            if tensor is not None:
+                pointers[_PLACES[name]] = tensor.data_ptr()
         params = ctypes.create_string_buffer(_HEAD.pack(*pointers) + self.tail, _SIZE)
         self.kernel.launch(self.grid, self.threads, params)

@@ -41,13 +41,20 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
 ):
-    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
+    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
+
+    dlast may be None: nothing was made of the last state.
+    """
     D, delta_bias, table, dlast = _contiguous(D, delta_bias, initial_state, dlast)
+    if varlen and dlast is None:
+        dlast = A.new_zeros(rows, *A.shape)
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
     looks = tuple(map(plan.look, (u, delta, z, dy, du, ddelta, dz, A, B, C)))
     calls = _backward_calls(looks, u.dtype, seq is not None, softplus, varlen, ordered, u.device)
     sums = calls.sums(u.device, D is not None, delta_bias is not None)
-    dtable = dlast.clone() if varlen else torch.empty_like(dlast)  # that of an empty sequence
+    dtable = None
+    if initial_state is not None:  # that of an empty sequence is its last state's
+        dtable = dlast.clone() if varlen else torch.empty_like(table)
     given = {
         "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias, "table": table,
         "seq": seq, "dy": dy, "dlast": dlast, "leave": None if varlen else dlast,
@@ -58,7 +65,7 @@ def backward(
     given |= {"du": du, "ddelta": ddelta, "dz": dz, "states": states, "dfirst": dtable, "dtable": dtable}
     calls.main(given)
     dA, dB, dC, dD, dbias = calls.add_up(sums, B, C)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if initial_state is None else dtable
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dtable
 
 
 def _contiguous(*tensors):
@@ -97,8 +104,13 @@ class _Calls:
             self.chain = prepare("scan_chain", macros=macros | {"CHAIN": 1}, statics=statics, grid=chain_grid, threads=128)
 
 
+def _named(looks):
+    return tuple(None if v is None else plan.Look(*v) for v in looks)
+
+
 @functools.lru_cache(maxsize=1024)
 def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
+    looks = _named(looks)
     u, delta, z, y, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_forward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
@@ -114,6 +126,7 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
 
 @functools.lru_cache(maxsize=1024)
 def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
+    looks = _named(looks)
     u, delta, z, dy, du, ddelta, dz, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)

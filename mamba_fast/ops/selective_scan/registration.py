@@ -37,12 +37,16 @@ class _Scan(torch.autograd.Function):
         *tensors, ctx.softplus, ctx.varlen, ctx.rows = args
         y, last_state, states = _room(ctx.backend).forward(*args, True)
         ctx.save_for_backward(*tensors, states)
+        ctx.set_materialize_grads(False)
         return y, last_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast):
         u, delta, A, B, C, D, z, delta_bias, initial_state, seq, states = ctx.saved_tensors
+        dy = torch.zeros_like(u) if dy is None else dy
+        if dlast is None and ctx.backend != "cuda":
+            dlast = A.new_zeros(ctx.rows, *A.shape)
         grads = _room(ctx.backend).backward(
             dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, ctx.softplus, ctx.varlen, ctx.rows, states,
             initial_state, ctx.ordered or torch.are_deterministic_algorithms_enabled(),
