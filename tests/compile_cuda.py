@@ -9,6 +9,7 @@ spilled a thread, bytes of SRAM a block.
 
 import json
 import sys
+from typing import ClassVar
 
 import torch
 from cases import at_precision
@@ -32,7 +33,7 @@ SIZES = ((8192, 2048), (4096, 2048), (1536, 4096), (512, 1024), (4, 40000))
 class Noted:
     """Takes the place of nvrtc.Kernel: launches nothing, remembers what would be compiled."""
 
-    calls = {}
+    calls: ClassVar[dict] = {}
 
     def launch(self, *args):
         pass
@@ -50,13 +51,18 @@ def note_calls(dtype, d_state, packing, channels, seqlen):
     for name, v in inputs.items():
         if isinstance(v, torch.Tensor):
             shape = [{4: channels, 24: seqlen}.get(n, n) for n in v.shape]
-            v = v.new_zeros(1).expand(shape) if name in ("A", "D", "delta_bias") else v.new_empty(shape, device="meta")
+            v = (
+                v.new_zeros(1).expand(shape)
+                if name in ("A", "D", "delta_bias")
+                else v.new_empty(shape, device="meta")
+            )
         meta[name] = v
     for name in ("A", "D", "delta_bias"):
         meta[name] = meta[name].to("meta")
     args = normalise(*(meta.get(k) for k in ORDER), None, None)
-    extra = normalise(*(at_precision(scan_inputs(0, 1, 2, seqlen, d_state), dtype).get(k) for k in ORDER[:-1]), None,
-                      *(PACKINGS[packing](seqlen).get(k) for k in ("seq_idx", "cu_seqlens")))  # fmt: skip
+    small = at_precision(scan_inputs(0, 1, 2, seqlen, d_state, initial_state=False), dtype)
+    packed = PACKINGS[packing](seqlen)
+    extra = normalise(*(small.get(k) for k in ORDER), packed.get("seq_idx"), packed.get("cu_seqlens"))
     args = args._replace(seq=extra.seq, varlen=extra.varlen, rows=extra.rows)
     y, last, states = cuda_scan.forward(*args, True)
     *tensors, state, seq, softplus, varlen, rows = args
@@ -92,7 +98,11 @@ def main(architectures):
                 found = registers_and_spills(cubin)[entry]
                 names = ("lanes", "steps") if entry != "scan_chain" else ()
                 label = {"arch": arch, "kernel": entry} | {k: defines[k.upper()] for k in names}
-                label |= {"dtype": str(case[0]).removeprefix("torch."), "d_state": case[1], "packing": case[2]}
+                label |= {
+                    "dtype": str(case[0]).removeprefix("torch."),
+                    "d_state": case[1],
+                    "packing": case[2],
+                }
                 print(json.dumps(label | found | {"sram": shared}), flush=True)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 HEADER = Path(__file__).parent / "emulated_machine.h"
 _CACHE = Path(tempfile.gettempdir()) / "mamba-fast-emulated"
@@ -25,7 +26,7 @@ extern "C" void launch(const Params* p, int grid, int threads, int bytes) {{
 class EmulatedKernel:
     """Takes the place of mamba_fast.nvrtc.Kernel: the same sources and macros, blocks one after another."""
 
-    loaded = {}
+    loaded: ClassVar[dict] = {}
 
     def __init__(self, library, shared_bytes):
         self.library, self.shared_bytes = library, shared_bytes
@@ -44,7 +45,11 @@ class EmulatedKernel:
 def build(sources, defines, entry):
     """The shared library of one kernel, compiled once for its text and macros."""
     text = [HEADER.read_text(), *(p.read_text() for p in sources if p.name != "cuda_machine.cuh")]
-    source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + "\n".join(text) + _MAIN.format(entry=entry)
+    source = (
+        "".join(f"#define {k} {v}\n" for k, v in defines.items())
+        + "\n".join(text)
+        + _MAIN.format(entry=entry)
+    )
     _CACHE.mkdir(exist_ok=True)
     target = _CACHE / f"{hashlib.sha256(source.encode()).hexdigest()[:24]}.so"
     if not target.exists():

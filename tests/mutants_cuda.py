@@ -1,4 +1,4 @@
-"""The bugs put into the CUDA kernels; see mutants.py. The tests that notice them run the kernels on a CPU, emulated."""
+"""The bugs put into the CUDA kernels; see mutants.py. Their tests run the kernels on a CPU, emulated."""
 
 SCAN = "mamba_fast/ops/selective_scan/"
 AGREES, CUTS = "mamba_fast/test_selective_scan.py::", "mamba_fast/test_cuda_scan.py::"

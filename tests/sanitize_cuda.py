@@ -34,7 +34,9 @@ def main():
     for sizes, options, packing in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             size = {"batch": 2, "d_inner": 6, "seqlen": 300, "d_state": 3} | sizes
-            inputs = at_precision(scan_inputs(0, **size, initial_state="cu_seqlens" not in packing), dtype, "cuda")
+            inputs = at_precision(
+                scan_inputs(0, **size, initial_state="cu_seqlens" not in packing), dtype, "cuda"
+            )
             rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else None
             moved = {k: v.cuda() for k, v in packing.items()}
             found = outcome(

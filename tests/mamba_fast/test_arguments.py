@@ -184,7 +184,13 @@ def test_both_packings_at_once():
 
 @pytest.mark.parametrize("backend", ["CUDA", "Torch", "", 1])
 def test_an_unknown_backend(backend):
-    refuse(ValueError, "backend", f"got {backend!r}", "None or one of torch, numba, triton, cuda", backend=backend)
+    refuse(
+        ValueError,
+        "backend",
+        f"got {backend!r}",
+        "None or one of torch, numba, triton, cuda",
+        backend=backend,
+    )
 
 
 FUSED = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("numba", "triton", "cuda")]

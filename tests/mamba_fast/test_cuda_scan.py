@@ -13,7 +13,9 @@ from mamba_ref.checks import errors
 
 pytestmark = pytest.mark.cuda
 DEVICE = device_of("cuda")
-SEQ_IDX = torch.cat([torch.zeros(300), torch.ones(1), torch.full((127,), 2.0), torch.full((900,), 3.0)]).long()
+SEQ_IDX = torch.cat(
+    [torch.zeros(300), torch.ones(1), torch.full((127,), 2.0), torch.full((900,), 3.0)]
+).long()
 FEW = (8, 16, 2048, 4, 1)  # 8 lanes of 16 tokens: tiles of 128
 CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
 
@@ -41,7 +43,9 @@ def cut(monkeypatch):
 # Lanes, steps and the rest of every row of the tables in cuda_plan, and some beside them.
 FORWARD = sorted({*cuda_plan.FORWARD.values(), (8, 16, 2048, 4, 1), (16, 16, 2048, 3, 2), (8, 8, 512, 8, 1)})
 BACKWARD = sorted({*cuda_plan.BACKWARD.values(), cuda_plan.SHORT, (32, 8, 1024, 3, 2)})
-KINDS = [(FORWARD[k % len(FORWARD)], BACKWARD[k % len(BACKWARD)]) for k in range(max(len(FORWARD), len(BACKWARD)))]
+KINDS = [
+    (FORWARD[k % len(FORWARD)], BACKWARD[k % len(BACKWARD)]) for k in range(max(len(FORWARD), len(BACKWARD)))
+]
 
 
 @pytest.mark.parametrize("kinds", KINDS)

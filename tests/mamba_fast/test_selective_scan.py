@@ -247,7 +247,9 @@ def test_gradients_are_bitwise_repeatable_on_request(backend, device, groups):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("triton", "cuda")])
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("triton", "cuda")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 512, 1000, 16), (1, 70, 4097, 16), (4, 300, 513, 8)])
 def test_real_sizes_on_the_gpu(backend, shape, dtype):

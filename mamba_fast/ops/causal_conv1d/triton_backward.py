@@ -102,6 +102,15 @@ def _store_dinit(ptr, strides, b, offs_d, mask, dp, reach, taps, WIDTH: tl.const
 
 
 @triton.jit
+def _reach_of(row, offs_l, mask, PACKED: tl.constexpr):
+    """reach of a step of each stretch; anything where rows are not packed."""
+    reach = mask
+    if PACKED:
+        reach = tl.load(row + offs_l, mask=mask, other=-1)
+    return reach
+
+
+@triton.jit
 def _after(
     x_at, dy_at, x_stride, dy_stride, reach_at, t, mask_d, seqlen, taps, bias,
     WIDTH: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, VEC: tl.constexpr,
@@ -115,13 +124,40 @@ def _after(
         mask = mask_d & (t + k < seqlen)
         at = dy_at + tl.multiple_of(tl.cast(k, tl.int64) * dy_stride, VEC)
         dy = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if PACKED:
-            reach += (tl.load(reach_at + t + k, mask=t + k < seqlen, other=-1),)
-        else:
-            reach += (t,)
+        reach += (_reach_of(reach_at, t + k, t + k < seqlen, PACKED),)
         p = convolve(window, k, taps, bias, reach[k], WIDTH, PACKED)
         dp += (deactivate(dy, p, reach[k], SILU, PACKED),)
     return dp, reach
+
+
+@triton.jit
+def _before(
+    x_at, dy_at, x_stride, dy_stride, first, t, left, mask_d,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """x and dy of the STEPS steps before those at x_at, dy_at: of this stretch, and x of WIDTH - 1 more."""
+    x, dy = (), ()
+    for i in tl.static_range(STEPS):
+        at = tl.cast(i - STEPS, tl.int64)
+        near = first - STEPS + i // UNIT * UNIT < left
+        mask = mask_d & near & (first > 0)
+        dy += (tl.load(dy_at + tl.multiple_of(at * dy_stride, VEC), mask=mask, other=0.0),)
+        if i > STEPS - WIDTH:
+            mask = mask_d & near & ((first > 0) | (t > 0))
+        x += (tl.load(x_at + tl.multiple_of(at * x_stride, VEC), mask=mask, other=0.0),)
+    return x, dy
+
+
+@triton.jit
+def _store_dx(
+    at, stride, dp, reach, taps, mask_d, first, left,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """dx of STEPS steps from dp of these and of the WIDTH - 1 after them."""
+    for i in tl.static_range(STEPS):
+        dx = correlate(dp, i, reach, taps, WIDTH, PACKED).to(at.dtype.element_ty)
+        mask = mask_d & (first + i // UNIT * UNIT < left)
+        tl.store(at + tl.multiple_of(tl.cast(i, tl.int64) * stride, VEC), dx, mask=mask)
 
 
 @triton.jit
@@ -139,39 +175,25 @@ def conv_columns_backward_kernel(
     VEC channels lie side by side; UNIT steps in a row are all of the sequence, or none of them.
     """
     tile, b, offs_d = locate(tiles, blocks, BLOCK_D)
-    mask_d = offs_d < channels
-    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask_d, 1.0, WIDTH, HAS_BIAS)
-    mask_d = inside(offs_d, channels, VEC)[:, None]
+    mask_d, mask = inside(offs_d, channels, VEC)[:, None], offs_d < channels
+    taps, bias = load_weight(weight_ptr, weight_strides, bias_ptr, offs_d, mask, 1.0, WIDTH, HAS_BIAS)
     t = (tile * BLOCK_G + tl.arange(0, BLOCK_G)) * run
     x_at = columns_at(x_ptr, b, offs_d, t + run, x_strides, VEC)
     dy_at = columns_at(dy_ptr, b, offs_d, t + run, dy_strides, VEC)
     dx_at = columns_at(dx_ptr, b, offs_d, t + run, dx_strides, VEC)
     t = t[None, :]
     left = tl.cast(tl.minimum(seqlen - t, run), tl.int32)  # steps of this stretch
-    reach_at = reach_ptr
-    if PACKED:
-        reach_at = reach_ptr + b * seqlen
+    reach_at = reach_ptr + b * seqlen if PACKED else reach_ptr
     dp, reach = _after(x_at, dy_at, x_strides[2], dy_strides[2], reach_at, t + run, mask_d, seqlen, taps,
                        bias, WIDTH, SILU, PACKED, VEC)  # fmt: skip
     sums = _no_sums(BLOCK_D, BLOCK_G, WIDTH)
-    x, dy = (), ()
-    for i in tl.static_range(STEPS):
-        mask = mask_d & (run - STEPS + i // UNIT * UNIT < left)
-        step = tl.cast(i - STEPS, tl.int64)
-        x += (tl.load(x_at + tl.multiple_of(step * x_strides[2], VEC), mask=mask, other=0.0),)
-        dy += (tl.load(dy_at + tl.multiple_of(step * dy_strides[2], VEC), mask=mask, other=0.0),)
+    x, dy = _before(x_at, dy_at, x_strides[2], dy_strides[2], run, t, left, mask_d, STEPS, WIDTH, UNIT, VEC)
     for first in range(run - STEPS, -1, -STEPS):
         x_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * x_strides[2], VEC)
         dy_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * dy_strides[2], VEC)
         dx_at -= tl.multiple_of(tl.cast(STEPS, tl.int64) * dx_strides[2], VEC)
-        x_before, dy_before = (), ()
-        for i in tl.static_range(STEPS):
-            step = tl.cast(i - STEPS, tl.int64)
-            mask = mask_d & (first - STEPS + i // UNIT * UNIT < left) & (first > 0)
-            dy_before += (tl.load(dy_at + tl.multiple_of(step * dy_strides[2], VEC), mask=mask, other=0.0),)
-            if i > STEPS - WIDTH:
-                mask = mask_d & (first - STEPS + i // UNIT * UNIT < left) & ((first > 0) | (t > 0))
-            x_before += (tl.load(x_at + tl.multiple_of(step * x_strides[2], VEC), mask=mask, other=0.0),)
+        x_before, dy_before = _before(x_at, dy_at, x_strides[2], dy_strides[2], first, t, left, mask_d, STEPS,
+                                      WIDTH, UNIT, VEC)  # fmt: skip
         window = enter(
             x_before[STEPS - WIDTH + 1 :],
             init_ptr,
@@ -186,26 +208,17 @@ def conv_columns_backward_kernel(
         here, steps = (), ()
         for i in tl.static_range(STEPS):
             window += (x[i].to(tl.float32),)
-            if PACKED:
-                steps += (tl.load(reach_at + t + (first + i), mask=first + i < left, other=-1),)
-            else:
-                steps += (t,)
+            steps += (_reach_of(reach_at, t + (first + i), first + i < left, PACKED),)
             p = convolve(window, i, taps, bias, steps[i], WIDTH, PACKED)
             here += (deactivate(dy[i].to(tl.float32), p, steps[i], SILU, PACKED),)
             sums = add_sums(sums, here[i], window, i, steps[i], WIDTH, PACKED)
         dp, reach = here + dp, steps + reach
-        for i in tl.static_range(STEPS):
-            dx = correlate(dp, i, reach, taps, WIDTH, PACKED)
-            at = dx_at + tl.multiple_of(tl.cast(i, tl.int64) * dx_strides[2], VEC)
-            mask = mask_d & (first + i // UNIT * UNIT < left)
-            tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        _store_dx(dx_at, dx_strides[2], dp, reach, taps, mask_d, first, left, STEPS, WIDTH, PACKED, UNIT, VEC)
         x, dy, dp, reach = x_before, dy_before, dp[: WIDTH - 1], reach[: WIDTH - 1]
     if HAS_INIT:
         _store_dinit(dinit_ptr, dinit_strides, b, offs_d, mask_d & (t == 0), dp, reach, taps, WIDTH, PACKED)
-    store_sums(
-        sums_ptr, dweight_ptr, dbias_ptr, sums, b * tiles + tile, channels, offs_d, offs_d < channels,
-        WIDTH, HAS_BIAS, DIRECT,
-    )  # fmt: skip
+    store_sums(sums_ptr, dweight_ptr, dbias_ptr, sums, b * tiles + tile, channels, offs_d, mask,
+               WIDTH, HAS_BIAS, DIRECT)  # fmt: skip
 
 
 @triton.jit

@@ -145,7 +145,11 @@ def cuda_obstacle(device):
     if torch.version.hip or not torch.cuda.is_available():
         return "it needs an NVIDIA GPU that torch can use"
     found = _capability(device.index if device.index is not None else torch.cuda.current_device())
-    return None if found >= (8, 0) else f"it needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+    return (
+        None
+        if found >= (8, 0)
+        else f"it needs compute capability 8.0, and {device} has {found[0]}.{found[1]}"
+    )
 
 
 @functools.cache

@@ -8,15 +8,16 @@ from mamba_fast.ops.selective_scan import cuda_plan as plan
 
 # In the order of struct Params in cuda_tiles.cuh.
 _POINTERS = (
-    "u delta B C z dy B_constant C_constant A D bias enter leave table dlast seq y du ddelta dz last states local "
-    "total dA dB dC dD dbias dfirst dtable"
+    "u delta B C z dy B_constant C_constant A D bias enter leave table dlast seq y du ddelta dz last "
+    "states local total dA dB dC dD dbias dfirst dtable"
 ).split()
 _ROWS = ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz")
 _STRIDES = [f"{t}_{axis}" for t in _ROWS for axis in "bdl"] + (
     "A_d A_n B_b B_g B_n B_l C_b C_g C_n C_l dB_slot dC_slot".split()
 )
 _INTEGERS = (
-    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch unused"
+    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches "
+    "padded batch unused"
 ).split()
 _HEAD = struct.Struct(f"{len(_POINTERS)}q")
 _TAIL = struct.Struct(f"{len(_STRIDES)}q{len(_INTEGERS)}i")

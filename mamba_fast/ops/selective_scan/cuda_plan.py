@@ -57,9 +57,14 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-# lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so that B and
-# C serve several channels and the scan over lanes is short. Few rows: many lanes, so that there are warps enough.
-FORWARD = {8192: (8, 16, 2048, 3, 2), 3072: (16, 16, 2048, 3, 2), 1024: (32, 8, 2048, 4, 2), 0: (32, 16, 4096, 3, 2)}
+# lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so
+# that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are enough.
+FORWARD = {
+    8192: (8, 16, 2048, 3, 2),
+    3072: (16, 16, 2048, 3, 2),
+    1024: (32, 8, 2048, 4, 2),
+    0: (32, 16, 4096, 3, 2),
+}
 BACKWARD = {4096: (16, 8, 1024, 4, 1), 1024: (32, 8, 1024, 3, 2), 0: (16, 8, 2048, 3, 1)}
 SHORT = (16, 8, 1024, 4, 1)  # up to CHUNK tokens: no wider tile
 
@@ -107,11 +112,13 @@ def fit(entry, cut, macros, device):
 
 
 def passes(cut, batch, device):
-    """Groups of channels a block takes one after another in ordered mode: each block has a slot for dB and dC.
+    """Groups of channels a block takes in turn in ordered mode, where it has a slot for dB and dC.
 
     As many as leave one block for every place on the chip.
     """
-    return max(1, min(8, round(batch * cut.blocks * cut.stretches / (cut.min_blocks * multiprocessors(device)))))
+    return max(
+        1, min(8, round(batch * cut.blocks * cut.stretches / (cut.min_blocks * multiprocessors(device))))
+    )
 
 
 def shared_bytes(entry, cut, defines):
@@ -149,8 +156,24 @@ def look(t):
     return None if t is None else (t.shape, t.stride(), t.data_ptr() % 16 == 0)
 
 
-def defines(cut, io, N, B, C, u, has_z, packed, softplus, varlen, keep=False, reverse=False, ordered=0, wide=(), big=False):
-    """The macros that make a kernel from its source. wide: may the rows, B and C be read 16 bytes at a time?"""
+def defines(
+    cut,
+    io,
+    N,
+    B,
+    C,
+    u,
+    has_z,
+    packed,
+    softplus,
+    varlen,
+    keep=False,
+    reverse=False,
+    ordered=0,
+    wide=(),
+    big=False,
+):
+    """The macros that make a kernel of its source. wide: may rows, B, C be read 16 bytes at a time?"""
     return {
         "IO": _IO[io], "N": N, "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
         "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
@@ -162,10 +185,11 @@ def defines(cut, io, N, B, C, u, has_z, packed, softplus, varlen, keep=False, re
 
 
 def is_wide(io, *looks):
-    """Whether every (..., L) tensor of type io can be read in aligned pieces of 16 bytes along its last axis."""
+    """Whether (..., L) tensors of type io can be read in aligned pieces of 16 bytes along the last axis."""
     pieces = 16 // io.itemsize
     return all(
-        v is None or (v.aligned and v.strides[-1] == 1 and not any(s % pieces for s in v.strides[:-1])) for v in looks
+        v is None or (v.aligned and v.strides[-1] == 1 and not any(s % pieces for s in v.strides[:-1]))
+        for v in looks
     )
 
 

@@ -1,4 +1,4 @@
-"""The selective scan in CUDA C++, compiled by NVRTC at first use: NVIDIA GPUs of compute capability 8.0 and later.
+"""The selective scan in CUDA C++, compiled by NVRTC at first use, for compute capability 8.0 and later.
 
 A warp holds a few channels and, of each, a tile of tokens; see README.md in this folder. Where there are
 too few channels to fill the chip the sequence is cut into stretches that are scanned at the same time:
@@ -29,8 +29,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     looks = tuple(map(plan.look, (u, delta, z, y, A, B, C)))
     calls = _forward_calls(looks, u.dtype, seq is not None, softplus, varlen, keep, device)
     given = {
-        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias, "table": table,
-        "seq": seq, "y": y, "last": last, "states": states, "enter": None if varlen else table,
+        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias,
+        "table": table, "seq": seq, "y": y, "last": last, "states": states,
+        "enter": None if varlen else table,
     }  # fmt: skip
     if calls.summary:
         given["enter"] = _enter_stretches(calls, given, device, "states")
@@ -39,8 +40,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 
 def backward(
-    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
-):
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
+    ordered,
+):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
     dlast may be None: nothing was made of the last state.
@@ -56,8 +58,8 @@ def backward(
     if initial_state is not None:  # that of an empty sequence is its last state's
         dtable = dlast.clone() if varlen else torch.empty_like(table)
     given = {
-        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias, "table": table,
-        "seq": seq, "dy": dy, "dlast": dlast, "leave": None if varlen else dlast,
+        "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias,
+        "table": table, "seq": seq, "dy": dy, "dlast": dlast, "leave": None if varlen else dlast,
     }  # fmt: skip
     if calls.summary:
         given["leave"] = _enter_stretches(calls, given | {"table": None}, u.device, "dtable")
@@ -77,7 +79,7 @@ def _empty(device, *shape):
 
 
 def _enter_stretches(calls, given, device, result):
-    """(B, S, D, N): the state that enters each stretch from its left or, backward, the flow from its right."""
+    """(B, S, D, N): the state that enters each stretch from its left; backward, the flow from its right."""
     local = _empty(device, *calls.stretches)
     total, enter = _empty(device, *calls.stretches[:3]), torch.empty_like(local)
     given = given | {"local": local, "total": total}
@@ -91,7 +93,10 @@ class _Calls:
 
     def __init__(self, cut, u, B, C, statics, macros, reverse, entry, blocks, device):
         batch, channels, _ = u.shape
-        self.B, self.C = ("B_constant" if is_constant(B, u) else "B"), ("C_constant" if is_constant(C, u) else "C")
+        self.B, self.C = (
+            ("B_constant" if is_constant(B, u) else "B"),
+            ("C_constant" if is_constant(C, u) else "C"),
+        )
         self.stretches = (batch, cut.stretches, channels, macros["N"])
         prepare = functools.partial(Launch, cut=cut, statics=statics, device=device)
         self.main = prepare(entry, macros=macros, grid=batch * cut.stretches * blocks)
@@ -99,9 +104,13 @@ class _Calls:
         if cut.stretches > 1:
             macros = macros | {"REVERSE": int(reverse), "UNROLL": 1, "KEEP": 0, "ORDERED": 0}
             statics = statics | {"passes": 1, "blocks": cut.blocks}
-            self.summary = prepare("scan_summary", macros=macros, statics=statics, grid=batch * cut.stretches * cut.blocks)
+            self.summary = prepare(
+                "scan_summary", macros=macros, statics=statics, grid=batch * cut.stretches * cut.blocks
+            )
             chain_grid = -(-batch * channels * macros["N"] // 128)
-            self.chain = prepare("scan_chain", macros=macros | {"CHAIN": 1}, statics=statics, grid=chain_grid, threads=128)
+            self.chain = prepare(
+                "scan_chain", macros=macros | {"CHAIN": 1}, statics=statics, grid=chain_grid, threads=128
+            )
 
 
 def _named(looks):
@@ -118,9 +127,12 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
         cut = cut._replace(min_blocks=3)
     wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
-        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide, big=plan.is_big(*looks)
+        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide,
+        big=plan.is_big(*looks),
     )  # fmt: skip
-    statics = _statics(cut, u, A, B, C) | strides_of(u=u, delta=delta, z=z, y=y) | {"chunks": -(-seqlen // CHUNK)}
+    statics = (
+        _statics(cut, u, A, B, C) | strides_of(u=u, delta=delta, z=z, y=y) | {"chunks": -(-seqlen // CHUNK)}
+    )
     return _Calls(cut, u, B, C, statics, macros, False, "scan_forward", cut.blocks, device)
 
 
@@ -166,7 +178,7 @@ def _statics(cut, u, A, B, C):
 
 
 class _Sums:
-    """Gradients summed over blocks: added atomically to zeros, or, in order, in slots that are added up later."""
+    """Gradients summed over blocks: atomically onto zeros, or in order in slots that are added up later."""
 
     def __init__(self, u, A, B, C, slots, matrix_slots, ordered):
         (_, channels, seqlen), N = u.shape, A.shape[1]
@@ -176,7 +188,9 @@ class _Sums:
         self.shapes = {"dA": (slots, channels, N), "dD": (slots, channels), "dbias": (slots, channels)}
         for name, v, constant in zip(("dB", "dC"), (B, C), self.constant, strict=True):
             self.shapes[name] = (slots, channels, N) if constant else (matrix_slots, *v.shape[:3], padded)
-        self.statics = {"padded": padded} | {f"{k}_slot": torch.Size(self.shapes[k][1:]).numel() for k in ("dB", "dC")}
+        self.statics = {"padded": padded} | {
+            f"{k}_slot": torch.Size(self.shapes[k][1:]).numel() for k in ("dB", "dC")
+        }
         self.laid_out = functools.cache(self._lay_out)
 
     def _lay_out(self, has_D, has_bias):

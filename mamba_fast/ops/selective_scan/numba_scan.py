@@ -42,8 +42,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 
 def backward(
-    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
-):
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
+    ordered,
+):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
     The order of the additions never varies: `ordered` changes nothing.

@@ -20,7 +20,11 @@ def _room(backend):
 
 def fused_scan(args, ordered, keep, backend):
     """(y, last_state) of :class:`Arguments` on a fused backend, differentiable in every tensor of them."""
-    if torch.compiler.is_compiling() or type(args.u) not in _PLAIN or torch._C._functorch.peek_interpreter_stack():
+    if (
+        torch.compiler.is_compiling()
+        or type(args.u) not in _PLAIN
+        or torch._C._functorch.peek_interpreter_stack()
+    ):
         return scan(*args, ordered, keep, backend)[:2]
     if keep:
         return _Scan.apply(*args, ordered, backend)
@@ -67,7 +71,9 @@ def scan(
 
 
 @scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows, ordered, keep, backend):
+def _(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, varlen, rows, ordered, keep, backend
+):
     chunks = -(-u.shape[2] // _room(backend).CHUNK) if keep else 0
     last = A.new_empty(rows, *A.shape)
     return torch.empty_like(u), last, A.new_empty(u.shape[0], chunks, *A.shape)
@@ -81,7 +87,23 @@ def scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     """du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state; empty where the input is absent."""
     grads = _room(backend).backward(
-        dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state, ordered
+        dy,
+        dlast,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        seq,
+        softplus,
+        varlen,
+        rows,
+        states,
+        initial_state,
+        ordered,
     )
     taken, apart = set(), []
     for g in grads:  # what an operator returns may not share memory
@@ -113,7 +135,11 @@ def _(
     ordered,
     backend,
 ):
-    rows = [torch.empty_like(u), torch.empty_like(delta), u.new_empty(0) if z is None else torch.empty_like(z)]
+    rows = [
+        torch.empty_like(u),
+        torch.empty_like(delta),
+        u.new_empty(0) if z is None else torch.empty_like(z),
+    ]
     A, B, C, D, bias, initial = (
         u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (A, B, C, D, delta_bias, initial_state)
     )
