@@ -191,3 +191,24 @@ def test_the_operator_keeps_the_strides_that_it_promises_to_the_compiler(fused, 
     torch.library.opcheck(
         scan, (*args, False, True, fused), test_utils=["test_faketensor", "test_aot_dispatch_dynamic"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["torch", *(pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("numba", "triton", "cuda"))]
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's own making
+def test_a_compiled_call_has_no_graph_break(name):
+    """torch.compile(fullgraph=True) refuses any; outputs and gradients are those of the eager call."""
+    inputs = at_precision(scan_inputs(3, 1, 3, 9, 2), torch.float32, device_of(name))
+    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor)]
+
+    def model():
+        y, last_state = selective_scan_fn(**inputs, return_last_state=True, backend=name)
+        return y.sin().sum() + last_state.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = [compiled(), *torch.autograd.grad(compiled(), leaves)]
+    want = [model(), *torch.autograd.grad(model(), leaves)]
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

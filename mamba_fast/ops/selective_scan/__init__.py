@@ -53,13 +53,19 @@ def selective_scan_fn(
     float64 input); y is rounded once.
     """
     args = normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens)
-    choice = backends.choose(u, A, backend)
-    backends.warn_once_if_missing(choice)
-    if choice.name == "torch" or u.numel() == 0:  # plain PyTorch knows every empty shape
+    if torch.compiler.is_compiling():
+        states = int(A.shape[1]) if A.dim() == 2 else None
+        kind = (u.device, u.dtype, A.is_complex(), states, u.numel() == 0)
+        name = backends.name_for_compiler(*kind, backend)
+    else:
+        choice = backends.choose(u, A, backend)
+        backends.warn_once_if_missing(choice)
+        name = choice.name
+    if name == "torch" or u.numel() == 0:  # plain PyTorch knows every empty shape
         y, last_state = selective_scan_torch(*args)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
-        y, last_state = fused_scan(args, bool(deterministic), keep, choice.name)
+        y, last_state = fused_scan(args, bool(deterministic), keep, name)
     return (y, last_state) if return_last_state else y
 
 

@@ -32,7 +32,7 @@ class Arguments(NamedTuple):
 
 def normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens):
     """Check every argument and return :class:`Arguments`; ValueError or TypeError name what is wrong."""
-    plain = seq_idx is None and cu_seqlens is None
+    plain = seq_idx is None and cu_seqlens is None and not torch.compiler.is_compiling()
     named = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     signature = _signature(named) if plain else None
     if signature in _accepted:  # the checks read nothing else, and cost more than a small scan

@@ -45,9 +45,17 @@ def choose(u, A, backend=None):
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")
     states = A.shape[1] if A.dim() == 2 else None
     kind = Kind(u.device, u.dtype, A.is_complex(), states, u.numel() == 0)
-    if interpreted() or torch.compiler.is_compiling() or not isinstance(states, (int, type(None))):
+    if interpreted() or not isinstance(states, (int, type(None))):
         return _choose(kind, backend)
     return _choose_once(kind, backend)
+
+
+def name_for_compiler(device, dtype, curled, states, empty, backend):
+    """The name of the backend alone, worked out while torch.compile traces and a constant in its graph."""
+    return _choose(Kind(device, dtype, curled, states, empty), backend).name
+
+
+name_for_compiler._dynamo_marked_constant = True
 
 
 class Kind(NamedTuple):
