@@ -12,7 +12,6 @@ struct Params {
   int64 du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l;
   int64 A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, dB_slot, dC_slot;
   int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
-  int unused;
 };
 
 constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
