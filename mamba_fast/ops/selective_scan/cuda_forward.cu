@@ -98,7 +98,7 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
   }
 }
 
-// delta, u and z of a warp's tile, in its slots.
+// delta and u of a warp's next tile; z is asked for when its tile begins, and read at the end of it.
 __device__ __forceinline__ void request_rows(const Params& p, float4* memory, const Place& w, int t0) {
   if (!WIDE_ROWS) return;
   uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * 3 * SLOTS;

@@ -1,7 +1,8 @@
 // How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
 // tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
 // MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP,
-// ORDERED, BIG_STRIDES (ORDERED: 0 sums in any order, 1 in one order into fresh memory, 2 in one order onto zeros) come from cuda_plan.py.
+// BIG_STRIDES, UNROLL, REVERSE and ORDERED (sums: 0 in any order, 1 in one order into fresh memory, 2 in one order onto
+// zeros) come from cuda_plan.py.
 struct Params {
   const io_t *u, *delta, *B, *C, *z, *dy;
   const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;

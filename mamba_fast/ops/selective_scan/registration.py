@@ -87,24 +87,9 @@ def scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     """du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state; empty where the input is absent."""
     grads = _room(backend).backward(
-        dy,
-        dlast,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        seq,
-        softplus,
-        varlen,
-        rows,
-        states,
-        initial_state,
+        dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
         ordered,
-    )
+    )  # fmt: skip
     taken, apart = set(), []
     for g in grads:  # what an operator returns may not share memory
         g = u.new_empty(0) if g is None else g
@@ -116,34 +101,14 @@ def scan_backward(
 
 @scan_backward.register_fake
 def _(
-    dy,
-    dlast,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    seq,
-    softplus,
-    varlen,
-    rows,
-    states,
-    initial_state,
-    ordered,
-    backend,
-):
-    rows = [
-        torch.empty_like(u),
-        torch.empty_like(delta),
-        u.new_empty(0) if z is None else torch.empty_like(z),
-    ]
+    dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
+    ordered, backend,
+):  # fmt: skip
+    dz = u.new_empty(0) if z is None else torch.empty_like(z)
     A, B, C, D, bias, initial = (
         u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (A, B, C, D, delta_bias, initial_state)
     )
-    return [*rows[:2], A, B, C, D, rows[2], bias, initial]
+    return [torch.empty_like(u), torch.empty_like(delta), A, B, C, D, dz, bias, initial]
 
 
 def _setup(ctx, inputs, output):
@@ -157,25 +122,9 @@ def _backward(ctx, dy, dlast, _):
     u, delta, A, B, C, D, z, delta_bias, seq, states, initial_state = ctx.saved_tensors
     softplus, varlen, rows, ordered, backend = ctx.settings
     grads = scan_backward(
-        dy,
-        dlast,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        seq,
-        softplus,
-        varlen,
-        rows,
-        states,
-        initial_state,
-        ordered or torch.are_deterministic_algorithms_enabled(),
-        backend,
-    )
+        dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
+        ordered or torch.are_deterministic_algorithms_enabled(), backend,
+    )  # fmt: skip
     present = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     grads = [None if x is None else g for x, g in zip(present, grads, strict=True)]
     return (*grads, None, None, None, None, None, None, None)
