@@ -1,5 +1,12 @@
 """Mamba-1 at the speed of the machine: fused kernels behind the published names."""
 
+from mamba_fast.block import Block
+from mamba_fast.checkpoints import CheckpointError
+from mamba_fast.config import MambaConfig
+from mamba_fast.inference import InferenceParams
+from mamba_fast.init import check_init, param_groups
+from mamba_fast.mixer import Mamba
+from mamba_fast.model import MambaLMHeadModel, MixerModel
 from mamba_fast.ops.causal_conv1d import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -12,14 +19,23 @@ from mamba_fast.ops.selective_scan.backends import available_backends
 from mamba_fast.ops.selective_state_update import selective_state_update
 
 __all__ = [
+    "Block",
+    "CheckpointError",
+    "InferenceParams",
+    "Mamba",
+    "MambaConfig",
+    "MambaLMHeadModel",
+    "MixerModel",
     "RMSNorm",
     "available_backends",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "check_init",
     "explain_backend",
     "layer_norm_fn",
     "mamba_inner_fn",
+    "param_groups",
     "rms_norm_fn",
     "selective_scan_fn",
     "selective_state_update",

@@ -40,7 +40,8 @@ class _Inner(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         size = len(Tensors._fields)
-        t, kept = Tensors(*ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
+        saved = ctx.saved_tensors  # once: gradient checkpointing lets them be unpacked one time
+        t, kept = Tensors(*saved[:size]), saved[size:]
         return None, *backward(dout, t, ctx.settings, kept)
 
 
@@ -111,7 +112,8 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grads):
     size = len(Tensors._fields)
-    t, kept = ctx.saved_tensors[:size], ctx.saved_tensors[size:]
+    saved = ctx.saved_tensors
+    t, kept = saved[:size], saved[size:]
     absent = [v is None for v in t]
     found = iter(inner_backward(grads[0], [v for v in t if v is not None], absent, list(kept), *ctx.settings))
     return (*(None if gone else next(found) for gone in absent), *(None for _ in range(6)))
