@@ -10,7 +10,7 @@ from torch import nn
 
 from mamba_fast.init_check import check_init
 
-__all__ = ["check_init", "init_weights", "mark_scan_parameters", "param_groups"]
+__all__ = ["check_init", "init_scan_parameters", "init_weights", "mark_scan_parameters", "param_groups"]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import nn
 
 from mamba_fast.ops.causal_conv1d import causal_conv1d_fn
 
-SHORT = 64  # up to so many tokens a row, one product for the whole batch beats one product a row
+SHORT = 64  # up to so many tokens a row, one product for the whole batch: a product a row would be small
 
 
 def wide(v):

@@ -2,7 +2,7 @@
 
     python tests/mutants.py
 
-prints them as the table of docs/testing.md. tests/run_mutants.py applies them to a copy of the
+prints them as the table of docs/mutants.md. tests/run_mutants.py applies them to a copy of the
 sources, and tests/test_mutants.py asserts that none survives.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_cuda import ROWS
+from mutants_model import ROWS as MODEL_ROWS
 
 SCAN = "mamba_fast/ops/selective_scan/"
 AGREES = "mamba_fast/test_selective_scan.py::"
@@ -302,8 +303,10 @@ BLOCK = (
            INNERS + "test_a_level_keeps_what_it_says[numba]"),
 )  # fmt: skip
 
-CUDA = tuple(Mutant(*row) for row in ROWS)
-MUTANTS = (*NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *REFERENCE)
+CUDA, MODEL = (tuple(Mutant(*row) for row in rows) for rows in (ROWS, MODEL_ROWS))
+MUTANTS = (
+    *NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *MODEL, *REFERENCE,
+)  # fmt: skip
 
 
 def table():

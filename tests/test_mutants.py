@@ -61,5 +61,5 @@ def test_every_backend_and_the_reference_are_broken():
 
 
 def test_the_documentation_lists_them():
-    page = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    page = (ROOT / "docs" / "mutants.md").read_text("utf-8")
     assert table() in page, "its table is not what python tests/mutants.py prints"
