@@ -70,7 +70,7 @@ class Mamba(nn.Module):
 
     def forward(
         self, hidden_states, inference_params=None, *, seq_idx=None, cu_seqlens=None, attention_mask=None,
-        initial_states=None, return_final_states=False, backend=None, layout=None,
+        initial_states=None, return_final_states=False, backend=None, layout=None, sequence_split=None,
     ):  # fmt: skip
         """(B, L, d_model) to (B, L, d_model).
 
@@ -88,6 +88,7 @@ class Mamba(nn.Module):
         return_final_states : also return both after the last token, differentiable
         backend : that of the scan, as :func:`selective_scan_fn` takes it
         layout : the :class:`Layout` of these tokens, in place of the first three, from who has it
+        sequence_split : a :class:`SequenceSplit`, whose part these tokens are; other processes have the rest
 
         Returns
         -------
@@ -100,17 +101,20 @@ class Mamba(nn.Module):
         if layout is None:
             layout = layout_of(hidden_states, self.d_conv, seq_idx, cu_seqlens, attention_mask)
         if inference_params is not None:
-            if initial_states is not None or return_final_states:
-                raise ValueError("inference_params: holds the states; give no initial_states beside it")
+            if initial_states is not None or return_final_states or sequence_split is not None:
+                raise ValueError(
+                    "inference_params: holds the states; give no initial_states or sequence_split beside it"
+                )
             states = self._get_states_from_cache(inference_params, layout.rows)
             seen = inference_params.seqlen_offset > 0
             if seen and layout.plain and hidden_states.shape[1] == 1:
                 return self.step(hidden_states, *states, backend=backend)[0]
             return self._advance(hidden_states, layout, states, seen, backend)
         xz = self._widen(hidden_states)
-        if not self._is_fused(layout, initial_states, return_final_states):
+        if sequence_split is not None or not self._is_fused(layout, initial_states, return_final_states):
             states = (None, None) if initial_states is None else initial_states
-            out, states = self._sequence(xz, layout, *states, return_final_states, self._A(), backend)
+            wanted = return_final_states, self._A(), backend, sequence_split
+            out, states = self._sequence(xz, layout, *states, *wanted)
             return (out, states) if return_final_states else out
         return mamba_inner_fn(
             xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
@@ -185,16 +189,19 @@ class Mamba(nn.Module):
             kept.copy_(new.detach())
         return out
 
-    def _sequence(self, xz, layout, conv_state, ssm_state, want_states, A, backend):
+    def _sequence(self, xz, layout, conv_state, ssm_state, want_states, A, backend, split=None):
         """out (B, L, d_model) of xz (B, 2D, L), and the states after it, or None."""
         x, z = xz.chunk(2, dim=1)
+        scan = selective_scan_fn
+        if split is not None:
+            conv_state, scan = split.inputs_before(x, conv_state, layout, self.d_conv), split.scan
         u = convolve(x, self.conv1d, conv_state, layout, room_of(backend))
         rows = project(self.x_proj, u)  # (B, R + 2N, L)
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         delta = project(self.dt_proj.weight, dt)
         if layout.pad is not None:
             delta = delta.masked_fill_(layout.pad, ASLEEP)
-        y = selective_scan_fn(
+        y = scan(
             u, delta, A, B, C, wide(self.D), z=z, delta_bias=wide(self.dt_proj.bias), delta_softplus=True,
             return_last_state=want_states, initial_state=ssm_state, backend=backend,
             **layout.packing_of_scan(want_states or ssm_state is not None),
