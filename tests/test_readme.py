@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mamba_fast.bench import readme
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
 README = (ROOT / "README.md").read_text("utf-8")
 OURS = ("torch", "numba", "triton", "cuda")
 COLUMNS = {"forward": "forward", "backward": "backward", "forward + backward": "forward_backward"}
@@ -26,11 +29,9 @@ def test_the_example_prints_what_the_page_says():
     assert out.getvalue() == printed
 
 
-@pytest.mark.parametrize(
-    "name, result", [("gpu", "scan-nvidia-h200.json"), ("cpu", "scan-cpu-2-threads.json")]
-)
-def test_the_tables_are_the_committed_results(name, result):
-    facts = json.loads((ROOT / "docs" / "results" / result).read_text("utf-8"))
+@pytest.mark.parametrize("name", ["scan-nvidia-h200", "scan-cpu-2-threads"])
+def test_the_tables_are_the_committed_results(name):
+    facts = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     assert facts["checks"] == "passed"
     head, _, *shown = [
         [c.strip() for c in line.split("|")[1:-1]] for line in section(name).splitlines() if "|" in line
@@ -53,3 +54,36 @@ def test_the_tables_are_the_committed_results(name, result):
                 assert cell == f"{time:.3f}{ratio}"
             else:
                 assert cell == ""
+
+
+def test_the_command_writes_what_is_committed(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(README, "utf-8")
+    names = readme.rewrite(page, RESULTS)
+    assert page.read_text("utf-8") == README
+    assert {"scan-nvidia-h200", "scan-cpu-2-threads"} <= set(names)
+    stems = {path.stem for path in RESULTS.glob("*.json")}
+    assert set(names) == stems & set(re.findall(r"<!-- ([\w.-]+) -->", README))
+
+
+def test_another_result_makes_another_table(tmp_path):
+    case = {"case": "c", "shape": [1, 2], "dtype": "float32"}
+    rows = [
+        {**case, "name": "other", "forward": {"median": 3.0}},
+        {**case, "name": "mine", "forward": {"median": 2.0}, "role": "ours"},
+    ]
+    (tmp_path / "conv-x.json").write_text(json.dumps({"rows": rows}), "utf-8")
+    (tmp_path / "train-x.json").write_text(json.dumps({"rows": [{"batch": 8, "seconds": 1 / 3}]}), "utf-8")
+    page = tmp_path / "page.md"
+    kept = "<!-- nothing-x -->\nkept\n<!-- /nothing-x -->"
+    page.write_text(
+        f"<!-- conv-x -->\n<!-- /conv-x -->\n<!-- train-x -->\nold\n<!-- /train-x -->\n{kept}", "utf-8"
+    )
+    assert readme.rewrite(page, tmp_path) == ["conv-x", "train-x"]
+    lines = page.read_text("utf-8").splitlines()
+    assert lines[3:5] == [
+        "| c (1, 2) | float32 | other | 3.000 (1.50x) |",
+        "| c (1, 2) | float32 | mine | 2.000 |",
+    ]
+    assert lines[9:12] == ["| batch | seconds |", "|---|---|", "| 8 | 0.3333 |"]
+    assert page.read_text("utf-8").endswith(kept)

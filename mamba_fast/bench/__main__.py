@@ -1,4 +1,7 @@
-"""Check, time, print a table, write docs/results/NAME-DEVICE.json and draw its figure beside it."""
+"""Check, time, print a table, write docs/results/NAME-DEVICE.json and draw its figure beside it.
+
+With readme for a NAME: write the tables of README.md again from those files.
+"""
 
 import argparse
 import importlib
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_fast.bench import figure, report
+from mamba_fast.bench import figure, readme, report
 from mamba_fast.bench.checks import CheckFailed
 from mamba_fast.bench.measure import run
 
@@ -17,6 +20,8 @@ NAMES = ("scan", "attention", "conv", "update", "norm", "inner")
 
 def main(arguments=None):
     options = parse(arguments)
+    if options.name == "readme":
+        return readme.main()
     name = f"{options.name}-grid" if options.grid else options.name
     bench = importlib.import_module(f"mamba_fast.bench.{name.replace('-', '_')}")
     device = torch.device(options.device)
@@ -41,7 +46,7 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m mamba_fast.bench", description=__doc__)
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=(*NAMES, "readme"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer", action="store_true", help="time the published kernel too, on a GPU")
     parser.add_argument("--backend", help="time this backend of ours alone")

@@ -1,0 +1,92 @@
+"""Tables of committed results, in README.md between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+``python -m mamba_fast.bench readme`` writes them again from docs/results/NAME.json, for each NAME that has
+such a file.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from mamba_fast.bench.report import leads
+
+AXES = {"scan": ("batch", "d_inner", "length")}  # what a case's label says of its shape; others: all of it
+BRACKETS = "In brackets: that kernel's time over ours."
+TIMES = (("forward", "backward"), ("forward", "forward_backward"))
+
+
+def rewrite(page, results):
+    """Fill every table of the Markdown file `page` from the folder `results`; the names that were filled."""
+    found = []
+
+    def fill(match):
+        file = results / f"{match[1]}.json"
+        if not file.exists():
+            return match[0]
+        found.append(match[1])
+        rows = json.loads(file.read_text("utf-8"))["rows"]
+        below = f"\n\n{BRACKETS}" if timed(rows) else ""
+        return f"<!-- {match[1]} -->\n{table(rows, match[1].split('-')[0])}{below}\n<!-- /{match[1]} -->"
+
+    text = page.read_text("utf-8")
+    page.write_text(re.sub(r"(?s)<!-- ([\w.-]+) -->\n.*?<!-- /\1 -->", fill, text), "utf-8")
+    return found
+
+
+def main():
+    root = Path(__file__).parents[2]
+    names = rewrite(root / "README.md", root / "docs" / "results")
+    print(f"README.md: {', '.join(names)}")
+
+
+def table(rows, bench=None):
+    """Rows of a result as a Markdown table: times of a kernel bench, or the columns that the rows have."""
+    if not timed(rows):
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return markdown(names, [[shown(row.get(name)) for name in names] for row in rows])
+    columns = {name for row in rows for name in row}
+    kinds = next((kinds for kinds in TIMES if columns.issuperset(kinds)), ("forward",))
+    axes, lead = AXES.get(bench), leads([{"role": None} | row for row in rows])
+    head = [
+        f"case ({', '.join(axes or ('shape',))})",
+        "type",
+        "kernel",
+        *(k.replace("_", " + ") for k in kinds),
+    ]
+    lines = []
+    for row in rows:
+        shape = row["shape"][: len(axes)] if axes else row["shape"]
+        first = lead[row["case"], row["dtype"]]
+        label = f"{row['case']} ({', '.join(str(n) for n in shape)})"
+        lines.append([label, row["dtype"], row["name"], *(_time(row, first, kind) for kind in kinds)])
+    return markdown(head, lines)
+
+
+def timed(rows):
+    """Do these rows hold times of kernels, as the benches of this package write them?"""
+    return all({"case", "shape", "dtype", "name"} <= row.keys() for row in rows)
+
+
+def _time(row, lead, kind):
+    if kind not in row:
+        return ""
+    time = row[kind]["median"]
+    ratio = row["name"] != lead["name"] and kind in lead
+    return f"{time:.3f}" + f" ({time / lead[kind]['median']:.2f}x)" * ratio
+
+
+def shown(value):
+    """A value of a result as a cell."""
+    if isinstance(value, dict):
+        if "median" in value:
+            return shown(value["median"])
+        return ", ".join(f"{name} {shown(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(shown(entry) for entry in value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(head, lines):
+    """A Markdown table."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(head), *rows[1:]])
