@@ -12,6 +12,7 @@ from mamba_fast.ops.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from mamba_fast.ops.linear_cross_entropy import linear_cross_entropy_fn
 from mamba_fast.ops.mamba_inner import mamba_inner_fn
 from mamba_fast.ops.rms_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_fast.ops.selective_scan import explain_backend, selective_scan_fn
@@ -34,6 +35,7 @@ __all__ = [
     "check_init",
     "explain_backend",
     "layer_norm_fn",
+    "linear_cross_entropy_fn",
     "mamba_inner_fn",
     "param_groups",
     "rms_norm_fn",

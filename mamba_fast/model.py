@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_fast.block import Block, GatedMLP, fused_add_norm
 from mamba_fast.checkpoints import load_pretrained, save_pretrained
+from mamba_fast.generation import GenerationMixin
 from mamba_fast.init import init_weights
 from mamba_fast.layout import layout_of
+from mamba_fast.loss import head_loss, next_tokens
 from mamba_fast.mixer import Mamba
+from mamba_fast.one_launch import one_launch
 from mamba_fast.ops.rms_norm import RMSNorm
 from mamba_fast.sequence import room_of
 
@@ -107,7 +110,7 @@ class MixerModel(nn.Module):
         return self.norm_f(residual.to(self.norm_f.weight.dtype))
 
 
-class MambaLMHeadModel(nn.Module):
+class MambaLMHeadModel(nn.Module, GenerationMixin):
     """The language model of a :class:`MambaConfig`: token ids to logits of the next token.
 
     initializer_cfg: keywords of :func:`init_weights`. The vocabulary is padded (V). With
@@ -155,12 +158,42 @@ class MambaLMHeadModel(nn.Module):
         gradient_checkpointing : keep the residual stream between layers, and find the rest again in the
             backward: one more forward, and memory for one layer instead of n_layer
         """
+        if not mixer_kwargs:
+            logits = one_launch(self, input_ids, inference_params)
+            if logits is not None:
+                return CausalLMOutput(logits)
         found = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         hidden_states, *states = found if mixer_kwargs.get("return_final_states") else (found,)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         logits = self.lm_head(hidden_states)
         return CausalLMOutputWithStates(logits, *states) if states else CausalLMOutput(logits)
+
+    def loss(
+        self, input_ids, labels=None, *, ignore_index=-100, seq_idx=None, cu_seqlens=None,
+        attention_mask=None, **mixer_kwargs,
+    ):  # fmt: skip
+        """Mean cross-entropy of predicting each next token of (B, L) ids, without holding the logits.
+
+        Parameters
+        ----------
+        labels : (B, L), what stands at each place, input_ids by default: the logits of token t are compared
+            with labels[:, t + 1]. A place with ignore_index is not predicted.
+        seq_idx, cu_seqlens, attention_mask : as :meth:`forward` takes them. The first token of a sequence is
+            not predicted; padding neither predicts nor is predicted.
+        mixer_kwargs : the other keywords of :meth:`forward` for sequences
+
+        Returns
+        -------
+        The loss, float32 and differentiable once; with return_final_states=True, (loss, final_states).
+        """
+        packing = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        targets = next_tokens(input_ids, labels, layout_of(input_ids, 1, **packing), ignore_index)
+        found = self.backbone(input_ids, **packing, **mixer_kwargs)
+        hidden_states, *states = found if mixer_kwargs.get("return_final_states") else (found,)
+        room = room_of(mixer_kwargs.get("backend"))
+        loss = head_loss(self.lm_head, hidden_states, targets, ignore_index, room)
+        return (loss, *states) if states else loss
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name, device=None, dtype=None, revision=None, **kwargs):
