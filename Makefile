@@ -4,13 +4,14 @@ EXTRAS := cpu,triton,cuda,hf,eval,docs,notebooks,dev
 RUN := .venv/bin/python -m
 INSTALLED := .venv/.installed
 
-.PHONY: help compare test test-gpu sanitize lab
+.PHONY: help compare test test-gpu sanitize docs lab
 
 help:
 	@echo 'make compare   the reference beside every backend this machine has: outputs, gradients, times, a figure'
 	@echo 'make test      lint, every test, every notebook'
 	@echo 'make test-gpu  every test that a GPU is for, with the packages that PYTHON has: installs nothing'
 	@echo 'make sanitize  the CUDA kernels under memcheck, racecheck and initcheck; installs nothing'
+	@echo 'make docs      the documentation as a site in out/site/html, which needs no server and no network'
 	@echo 'make lab       JupyterLab on notebooks/'
 	@echo 'The first one makes .venv; PYTHON=python3.12 make ... makes it from that Python (3.10 to 3.14).'
 
@@ -33,6 +34,10 @@ test-gpu:
 sanitize:
 	for tool in memcheck racecheck initcheck; do \
 		compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 $(PYTHON) tests/sanitize_cuda.py || exit 1; done
+
+docs: $(INSTALLED)
+	.venv/bin/python docs/site/build.py
+	@echo 'Open out/site/html/index.html in a browser.'
 
 lab: $(INSTALLED)
 	$(RUN) jupyterlab notebooks
