@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def _write(place, paths, encode, dtype, vocab_size):
     """Tokens, ends and, when they are whole, facts.json, each moved to its name in one piece."""
     place.mkdir(parents=True, exist_ok=True)
     digest, ends, total = hashlib.sha256(), [], 0
-    own = f"{os.getpid()}.tmp"
+    own = f"{uuid.uuid4().hex}.tmp"  # another process may be writing the same
     with (place / f"tokens.{own}").open("wb") as out:
         for path in paths:
             tokens = encode(path)

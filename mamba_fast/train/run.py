@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 from dataclasses import asdict, replace
 
 import torch
@@ -10,16 +11,19 @@ from torch import nn
 
 from mamba_fast.config import MambaConfig
 from mamba_fast.init import param_groups
+from mamba_fast.loss import head_loss
 from mamba_fast.model import MambaLMHeadModel
+from mamba_fast.sequence import room_of, wide
 from mamba_fast.train.checkpoint import random_states, set_random_states
 from mamba_fast.train.config import DATA, ConfigError
 from mamba_fast.train.tasks import IGNORED
 
 
 class Objective(nn.Module):
-    """The loss of a model on a :class:`Batch`: mean cross-entropy, in float32, of the labels that count.
+    """The loss of a model on a :class:`Batch`: mean cross-entropy of the labels that count, in float32.
 
-    options: keywords for the model's forward. It is a module so that a data-parallel wrapper can hold it.
+    model: a :class:`MambaLMHeadModel`, or a module that is called as one. dtype: of autocast. options:
+    keywords for its forward. A module, so that a data-parallel wrapper can hold it.
     """
 
     def __init__(self, model, dtype="float32", options=None):
@@ -27,17 +31,26 @@ class Objective(nn.Module):
         self.model, self.dtype, self.options = model, getattr(torch, dtype), options or {}
 
     def forward(self, batch):
-        logits, labels = self.logits(batch)
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        if batch.last or not isinstance(self.model, MambaLMHeadModel):
+            logits, labels = self.logits(batch)
+            return F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        with self._autocast(batch):
+            hidden_states = self.model.backbone(batch.input_ids, **self._options(batch))
+            room = room_of(self.options.get("backend"))
+            return head_loss(self.model.lm_head, hidden_states, batch.labels, IGNORED, room)
 
     def logits(self, batch):
         """Logits and labels of the tokens that may count: (B, last, V) and (B, last)."""
-        options = dict(self.options)
-        if batch.seq_idx is not None:
-            options["seq_idx"] = batch.seq_idx
-        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(batch.input_ids, num_last_tokens=batch.last, **options).logits
+        with self._autocast(batch):
+            logits = self.model(batch.input_ids, num_last_tokens=batch.last, **self._options(batch)).logits
         return logits, batch.labels[:, -batch.last :]  # -0 is all of them
+
+    def _autocast(self, batch):
+        device = batch.input_ids.device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _options(self, batch):
+        return self.options if batch.seq_idx is None else {**self.options, "seq_idx": batch.seq_idx}
 
 
 class Run:
@@ -58,6 +71,7 @@ class Run:
         self.device, self.rank, self.world_size = torch.device(device), rank, world_size
         if config.graph and self.device.type != "cuda":
             raise ConfigError(f"graph: needs an NVIDIA GPU, got device {device!r}")
+        random.seed(config.seed)
         torch.manual_seed(config.seed)
         self.data = DATA[config.task](config, **config.data) if data is None else data
         self.model = (model_of(config, self.data.vocab_size) if model is None else model).to(device)
