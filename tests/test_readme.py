@@ -69,8 +69,8 @@ def test_the_command_writes_what_is_committed(tmp_path):
 def test_another_result_makes_another_table(tmp_path):
     case = {"case": "c", "shape": [1, 2], "dtype": "float32"}
     rows = [
-        {**case, "name": "other", "forward": {"median": 3.0}},
-        {**case, "name": "mine", "forward": {"median": 2.0}, "role": "ours"},
+        {**case, "name": "other", "total": {"median": 3.0}, "tokens_per_s": 12345.6},
+        {**case, "name": "mine", "total": {"median": 2.0}, "token": 0.25, "role": "ours"},
     ]
     (tmp_path / "conv-x.json").write_text(json.dumps({"rows": rows}), "utf-8")
     (tmp_path / "train-x.json").write_text(json.dumps({"rows": [{"batch": 8, "seconds": 1 / 3}]}), "utf-8")
@@ -81,9 +81,8 @@ def test_another_result_makes_another_table(tmp_path):
     )
     assert readme.rewrite(page, tmp_path) == ["conv-x", "train-x"]
     lines = page.read_text("utf-8").splitlines()
-    assert lines[3:5] == [
-        "| c (1, 2) | float32 | other | 3.000 (1.50x) |",
-        "| c (1, 2) | float32 | mine | 2.000 |",
-    ]
+    assert lines[1] == "| case (shape) | type | kernel | total | a token | tokens/s |"
+    assert lines[3] == "| c (1, 2) | float32 | other | 3.000 (1.50x) |  | 12,346 |"
+    assert lines[4] == "| c (1, 2) | float32 | mine | 2.000 | 0.25 |  |"
     assert lines[9:12] == ["| batch | seconds |", "|---|---|", "| 8 | 0.3333 |"]
     assert page.read_text("utf-8").endswith(kept)

@@ -144,7 +144,14 @@ def test_a_docstring_is_plain_text():
     assert read("|y| is x_ * 2 of `a*b|c_`\n    and more") == [r"\|y\| is x\_ \* 2 of `a*b|c_` and more"]
     assert read("Like this:\n\n    a * b\n\nand on") == ["Like this::", "", "    a * b", "", "and on"]
     heading = ["Parameters", "----------"]
-    assert read("u : (B,)\n    input\nz : gate") == [*heading, "u : (B,) input", "z : gate"]
+    assert read("f.\n\nu : (B,)\n    input\nz : gate\nand on") == [
+        "f.",
+        "",
+        *heading,
+        "u : (B,) input",
+        "z : gate and on",
+        "",
+    ]
     assert read("Parameters\n----------\nu : (B,)\n    input") == [*heading, "u : (B,) input"]
 
 

@@ -36,13 +36,19 @@ def write(folder):
                 lines = [*title(name), f".. automodule:: {name}", "   :members:"]
                 lines += [f"   :exclude-members: {', '.join(elsewhere)}"] * bool(elsewhere)
                 (folder / f"{name}.rst").write_text("\n".join(lines) + "\n", "utf-8")
-        tree = [f"   {name.removeprefix(package + '.')} <{name}>" for name in sorted(pages)]
-        lines = [*head, "", *title("Modules", "-"), ".. toctree::", "", *tree]
+        short = {name: name.removeprefix(f"{package}.") for name in sorted(pages)}
+        tree = [f"   {text} <{name}>" for name, text in short.items()]
+        about = [f"* :doc:`{text} <{name}>` {first_line(name)}" for name, text in short.items()]
+        lines = [*head, "", *title("Modules", "-"), *about, "", ".. toctree::", "   :hidden:", "", *tree]
         (folder / f"{package}.rst").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def title(text, line="="):
     return [text, line * len(text), ""]
+
+
+def first_line(name):
+    return unmarked((importlib.import_module(name).__doc__ or "").partition("\n")[0])
 
 
 def modules(package):
@@ -60,20 +66,21 @@ def members(name):
     return {n: getattr(module, n) for n in names}
 
 
+def fields(app, what, name, obj, skip, options):
+    """The fields of a named tuple have no words of their own: its docstring tells them."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def plain(app, what, name, obj, options, lines):
     """Outside backticks nothing is markup, but for the sections of numpydoc.
 
     An indented block behind a colon is code; any other line that hangs goes on with the line above it.
-    Parameters may stand without their heading.
     """
-    text, section, code = [], False, False
-    for place, line in enumerate(lines):
-        below, far = [*lines[place + 1 : place + 3], "", ""][:2]
+    given, text, section, code = with_heading(lines), [], False, False
+    for place, line in enumerate(given):
+        below, far = [*given[place + 1 : place + 3], "", ""][:2]
         if below and set(below) == {"-"}:
             section = line in SECTIONS
-        elif PARAMETER.match(line) and not section and "Parameters" not in lines:
-            text += ["Parameters", "----------"]
-            section = True
         code = code and (not line or line.startswith("    "))
         if code or not line.startswith("    ") or not text or not text[-1]:
             opens = line.endswith(":") and not below and far.startswith("    ")
@@ -84,6 +91,25 @@ def plain(app, what, name, obj, options, lines):
         else:
             text[-1] += " " + unmarked(line.strip())
     lines[:] = text
+
+
+def with_heading(lines):
+    """Parameters that are a paragraph of their own get their heading, and what follows them one too."""
+    starts = [n for n, line in enumerate(lines) if n and not lines[n - 1] and PARAMETER.match(line)]
+    if not starts or "Parameters" in lines:
+        return lines
+    start = starts[0]
+    end = next((n for n in range(start, len(lines)) if not lines[n]), len(lines))
+    entries = []
+    for line in lines[start:end]:
+        if PARAMETER.match(line):
+            entries.append(line)
+        else:
+            entries[-1] += " " + line.strip()
+    after = lines[end + 1 :]
+    if any(after) and "Notes" not in lines and after[1:2] != ["-" * len(after[0])]:
+        after = ["Notes", "-----", *after]
+    return [*lines[:start], "Parameters", "----------", *entries, "", *after]
 
 
 def unmarked(line):

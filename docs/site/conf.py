@@ -33,4 +33,5 @@ pygments_dark_style = "github-dark-high-contrast"
 
 def setup(app):
     app.connect("autodoc-process-docstring", api.plain, priority=400)  # before numpydoc's
+    app.connect("autodoc-skip-member", api.fields)
     app.connect("missing-reference", api.resolve)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from mamba_fast.bench.report import leads
 
-AXES = {"scan": ("batch", "d_inner", "length")}  # what a case's label says of its shape; others: all of it
+# What a case's label says of its shape; elsewhere it has all of it.
+AXES = {"scan": ("batch", "d_inner", "length"), "generation": ("batch", "prompt", "new tokens")}
 BRACKETS = "In brackets: that kernel's time over ours."
-TIMES = (("forward", "backward"), ("forward", "forward_backward"))
+TIMES = ("forward", "backward", "forward_backward", "time", "total", "prompt")  # ms; those that a table has
+OTHERS = {"token": "a token", "tokens_per_s": "tokens/s", "peak_bytes": "peak bytes"}
 
 
 def rewrite(page, results):
@@ -45,20 +47,17 @@ def table(rows, bench=None):
         names = list(dict.fromkeys(name for row in rows for name in row))
         return markdown(names, [[shown(row.get(name)) for name in names] for row in rows])
     columns = {name for row in rows for name in row}
-    kinds = next((kinds for kinds in TIMES if columns.issuperset(kinds)), ("forward",))
+    kinds, others = ([kind for kind in names if kind in columns] for names in (TIMES, OTHERS))
     axes, lead = AXES.get(bench), leads([{"role": None} | row for row in rows])
-    head = [
-        f"case ({', '.join(axes or ('shape',))})",
-        "type",
-        "kernel",
-        *(k.replace("_", " + ") for k in kinds),
-    ]
+    head = [f"case ({', '.join(axes or ('shape',))})", "type", "kernel"]
+    head += [*(kind.replace("_", " + ") for kind in kinds), *(OTHERS[name] for name in others)]
     lines = []
     for row in rows:
         shape = row["shape"][: len(axes)] if axes else row["shape"]
         first = lead[row["case"], row["dtype"]]
         label = f"{row['case']} ({', '.join(str(n) for n in shape)})"
-        lines.append([label, row["dtype"], row["name"], *(_time(row, first, kind) for kind in kinds)])
+        numbers = [*(_time(row, first, kind) for kind in kinds), *(shown(row.get(name)) for name in others)]
+        lines.append([label, row["dtype"], row["name"], *numbers])
     return markdown(head, lines)
 
 
@@ -83,7 +82,9 @@ def shown(value):
         return ", ".join(f"{name} {shown(entry)}" for name, entry in value.items())
     if isinstance(value, list):
         return ", ".join(shown(entry) for entry in value)
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 def markdown(head, lines):
