@@ -11,6 +11,9 @@ from torch import Tensor
 from mamba_fast.decoding import RING, Decoder, Recipe, captured_decoder
 from mamba_fast.sampling import check_sampling
 
+IDLE = {"top_p": (0, 1), "min_p": (0,), "temperature": (1,)}  # values that filter nothing
+NUMBERS = (*IDLE, "repetition_penalty")
+
 
 class GenerateOutput(NamedTuple):
     """sequences (B, L) with the prompt; scores: the raw logits (B, V) of every new token, or None."""
@@ -72,37 +75,22 @@ def decode(
         samples alike with and without cg and, up to rounding, on every device.
     prefill_chunk : read the prompt in pieces of so many tokens: less memory for a long one
 
-    Returns
-    -------
-    GenerateOutput
-
-    Raises
-    ------
-    TypeError, ValueError : name the argument, what came and what is accepted
-
-    Cost: the prompt as a forward pass; each token reads all weights once, and the states of every row once
-    and writes them. The host waits for no token but, one step behind, with eos_token_id or a streamer.
+    Returns a :class:`GenerateOutput`. TypeError and ValueError name the argument, what came and what is
+    accepted. Cost: the prompt as a forward pass; each token reads all weights once, and reads and writes
+    the states of every row. The host waits for no token; with eos_token_id or a streamer, for the one
+    before the last.
     """
     check_sampling(top_k, top_p, min_p, temperature, repetition_penalty)
     attention_mask = _check_ids(input_ids, max_length, attention_mask, teacher_outputs, prefill_chunk)
-    input_ids, eos = input_ids.long(), _as_list(eos_token_id)
-    numbers = {"top_p": top_p, "min_p": min_p, "temperature": temperature}
-    idle = {"top_p": (0, 1), "min_p": (0,), "temperature": (1,)}
-    filters = tuple(name for name, value in numbers.items() if top_k != 1 and value not in idle[name])
-    numbers["repetition_penalty"] = repetition_penalty
-    recipe = Recipe(
-        int(top_k), filters, repetition_penalty != 1, len(eos), teacher_outputs is not None, vocab_size
-    )
-    new = max_length - input_ids.shape[1]
+    input_ids, eos, new = input_ids.long(), _as_list(eos_token_id), max_length - input_ids.shape[1]
+    numbers = dict(zip(NUMBERS, (top_p, min_p, temperature, repetition_penalty), strict=True))
+    filters = tuple(name for name, idle in IDLE.items() if top_k != 1 and numbers[name] not in idle)
+    forced = _forced(teacher_outputs, input_ids, new)
+    recipe = Recipe(int(top_k), filters, repetition_penalty != 1, len(eos), forced is not None, vocab_size)
     uniforms = _uniforms(new, input_ids, seed, generator) if recipe.random else None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # what is kept must not depend on the caller's mode
-        stack.enter_context(torch.no_grad())
-        if enable_timing:
-            stack.enter_context(_printed_time(input_ids.device))
+    with _undifferentiated(), _printed_time(input_ids.device) if enable_timing else contextlib.nullcontext():
         decoder = _decoder(model, len(input_ids), recipe, cg and input_ids.is_cuda)
         decoder.begin(eos, **numbers)
-        forced = _forced(teacher_outputs, input_ids, new)
         logits = _prefill(model, input_ids, attention_mask, decoder, prefill_chunk)
         run = _Run(model, decoder, uniforms, forced, eos, output_scores, streamer)
         return run(input_ids, logits, new)
@@ -260,6 +248,13 @@ def _check_ids(input_ids, max_length, attention_mask, teacher_outputs, prefill_c
 
 def _kind(value):
     return f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+@contextlib.contextmanager
+def _undifferentiated():
+    """No gradients; and what is kept for the next call does not depend on the mode of this one."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -5,20 +5,22 @@ With readme for a NAME: write the tables of README.md again from those files.
 
 import argparse
 import importlib
-import re
 import sys
 from pathlib import Path
 
 import torch
 
-from mamba_fast.bench import figure, readme, report
+from mamba_fast.bench import generation, readme, report
 from mamba_fast.bench.checks import CheckFailed
 from mamba_fast.bench.measure import run
 
-NAMES = ("scan", "attention", "conv", "update", "norm", "inner")
+NAMES = ("scan", "attention", "conv", "update", "norm", "inner", "model")
 
 
 def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["generation"]:  # whose flags are those of the published script
+        return generation.main(arguments[1:])
     options = parse(arguments)
     if options.name == "readme":
         return readme.main()
@@ -29,16 +31,14 @@ def main(arguments=None):
         speeds, rows = run(bench.cases(device, options.peer, options.backend), device)
     except CheckFailed as error:
         sys.exit(f"{error}: nothing is written")
+    if hasattr(bench, "whole"):
+        rows += bench.whole(device, options.peer, options.backend)
     facts = report.machine(device)
     findings = getattr(bench, "findings", report.against_peer)(rows)
     result = {"bench": name} | facts | speeds | {"checks": "passed", "findings": findings, "rows": rows}
     result = report.rounded(result)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    out = options.out or Path("docs/results") / f"{name}-{slug}.json"
-    report.write(result, out)
-    picture = options.figure or out.with_suffix(".png")
-    figure.draw(result, picture)
-    print(report.table(result["rows"]))
+    out, picture = report.keep(result, options.out, options.figure)
+    print(getattr(bench, "table", report.table)(result["rows"]))
     print(*findings, sep="\n")
     print(f"{facts['device']}, {facts['date']}, torch {facts['torch']}; a copy moves", end=" ")
     print(f"{speeds['copy_bytes_per_s'] / 1e9:.0f} GB/s; checks passed; written to {out} and {picture}")
@@ -46,7 +46,7 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m mamba_fast.bench", description=__doc__)
-    parser.add_argument("name", choices=(*NAMES, "readme"))
+    parser.add_argument("name", choices=(*NAMES, "generation", "readme"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer", action="store_true", help="time the published kernel too, on a GPU")
     parser.add_argument("--backend", help="time this backend of ours alone")

@@ -15,6 +15,11 @@ COLORS = {
     "op by op": "#56B4E9",
     "compiled higher-order scan": "#E69F00",
     "loop in PyTorch": "#882255",
+    "mamba_fast": "#009E73",
+    "ours": "#009E73",
+    "ours, all logits": "#56B4E9",
+    "transformers": "#CC79A7",
+    "mamba.py": "#E69F00",
 }
 LIMIT = "#000000"
 TITLES = {
@@ -25,6 +30,8 @@ TITLES = {
     "inner": "The block as one op: time over the limit of the scan and of memory",
     "attention": "Forward pass, width 1024, batch 1",
     "scan-grid": "Selective scan over shapes",
+    "generation": "Generation: a token of every row over the bytes it must move, and tokens a second",
+    "model": "Forward pass and training step",
 }
 
 
@@ -32,7 +39,7 @@ def draw(result, path):
     """Write the figure of `result` (as in its JSON file) to `path`."""
     import matplotlib.pyplot as plt
 
-    kinds = {"attention": _lengths, "scan-grid": _grid}
+    kinds = {"attention": _lengths, "scan-grid": _grid, "model": _bars, "generation": _generation}
     style = Path(__file__).parents[2] / "notebooks" / "style.mplstyle"
     with plt.style.context(style if style.exists() else "default"):
         figure = kinds.get(result["bench"], _limits)(plt, result)
@@ -65,6 +72,31 @@ def _limits(plt, result):
     return figure
 
 
+def _generation(plt, result):
+    """A line a case: how many times its byte limit a token takes, and how many tokens come in a second."""
+    rows = result["rows"]
+    labels = ["{}, batch {}, {} + {}".format(row["case"], *row["shape"]) for row in rows]
+    cases = list(dict.fromkeys(labels))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.7 + 0.3 * len(cases)), sharey=True)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [
+            (row, cases.index(label)) for row, label in zip(rows, labels, strict=True) if row["name"] == name
+        ]
+        places = [place for _, place in mine]
+        style = {"color": COLORS[name], "label": name, "ms": 6}
+        axes[0].plot([row["token"] / row["token_limit"] for row, _ in mine], places, "o", **style)
+        axes[1].plot([row["tokens_per_s"] for row, _ in mine], places, "o", **style)
+    axes[0].axvline(1, color=LIMIT, lw=1.2)
+    axes[0].set(xlabel="time of a token / limit", title="behind the prompt (the black line is the limit)")
+    axes[1].set(xlabel="tokens per second", title="new tokens over all of the time")
+    for ax in axes:
+        _log_axis(ax, "x")
+    axes[0].set_yticks(range(len(cases)), cases)
+    axes[0].set_ylim(len(cases) - 0.5, -0.5)
+    _legend(figure, axes[0])
+    return figure
+
+
 def _label(row, types):
     return row["case"] if len(types) == 1 else f"{row['case']}, {row['dtype']}"
 
@@ -88,6 +120,30 @@ def _lengths(plt, result):
     ax.set(xlabel="length L (tokens)", ylabel="time (ms)")
     _log_axis(ax, "x", 2)
     _log_axis(ax, "y")
+    return figure
+
+
+def _bars(plt, result):
+    """A group a case, a bar a model: its time, and on a GPU its peak memory, of the slowest or largest."""
+    rows = result["rows"]
+    cases, names = (list(dict.fromkeys(row[k] for row in rows)) for k in ("case", "name"))
+    parts = [("time", "ms", lambda row: row["time"]["median"], "{:.3g}")]
+    if "peak_bytes" in rows[0]:
+        parts.append(("peak memory", "GB", lambda row: row["peak_bytes"] / 1e9, "{:.1f}"))
+    size = (5.2 * len(parts) + 1.6, 1.2 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(parts), figsize=size, sharey=True, squeeze=False)
+    for ax, (what, unit, value, form) in zip(axes[0], parts, strict=True):
+        most = {c: max(value(row) for row in rows if row["case"] == c) for c in cases}
+        for i, name in enumerate(names):
+            mine = [row for row in rows if row["name"] == name]
+            places = [cases.index(row["case"]) + 0.8 * ((i + 0.5) / len(names) - 0.5) for row in mine]
+            shares = [value(row) / most[row["case"]] for row in mine]
+            bars = ax.barh(places, shares, 0.8 / len(names), color=COLORS[name], label=name)
+            ax.bar_label(bars, [form.format(value(row)) for row in mine], padding=3, fontsize=8)
+        ax.set(xlabel=f"{what} / the most of the case (the numbers: {unit})", xlim=(0, 1.15))
+    axes[0, 0].set_yticks(range(len(cases)), cases)
+    axes[0, 0].set_ylim(len(cases) - 0.5, -0.5)
+    _legend(figure, axes[0, 0])
     return figure
 
 

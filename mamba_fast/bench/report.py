@@ -3,11 +3,15 @@
 import datetime
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+from mamba_fast.bench import figure
 
 PACKAGES = ("triton", "numba", "mamba_ssm", "causal_conv1d")
 DIRECTIONS = ("forward", "backward")
@@ -28,6 +32,16 @@ def machine(device):
         "commit": commit or "unknown",
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def keep(result, out=None, picture=None):
+    """Write `result`, by default to docs/results/NAME-DEVICE.json, and its figure beside it: both paths."""
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    out = out or Path("docs/results") / f"{result['bench']}-{slug}.json"
+    write(result, out)
+    picture = picture or out.with_suffix(".png")
+    figure.draw(result, picture)
+    return out, picture
 
 
 def write(result, path):

@@ -22,8 +22,34 @@ def device_ms(prepare, device, repeats=30, budget_ms=400):
         spent = _gpu_times(prepare, repeats, budget_ms)
     else:
         spent = wall_ms(prepare()[0], repeats, budget_ms)
+    return _spread(spent)
+
+
+def _spread(spent):
     cuts = statistics.quantiles(spent, n=10, method="inclusive")
     return {"median": statistics.median(spent), "p10": cuts[0], "p90": cuts[-1]}
+
+
+def in_turn(calls, device, repeats=20, budget_ms=3000):
+    """{name: median and spread in ms} of `calls` by name: wall clock, until the device is done.
+
+    They take turns, so that what else the machine does meets all of them. The first of their times, after
+    one call each, warms up as well and is dropped.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    spent = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for turn in range(repeats + 1):
+        if turn > 3 and sum(map(sum, spent.values())) > budget_ms * len(calls):
+            break
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            spent[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _spread(times[1:]) for name, times in spent.items()}
 
 
 _side_stream = functools.cache(torch.cuda.Stream)  # one for all: freed memory stays with its stream
@@ -80,6 +106,11 @@ def peak_extra_bytes(work):
     before = torch.cuda.memory_allocated()
     work()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_bytes(work):
+    """The most memory on the GPU while work() runs, with what was there before."""
+    return peak_extra_bytes(work) + torch.cuda.memory_allocated()
 
 
 def speeds(device):
