@@ -33,22 +33,19 @@ def _spread(spent):
 def in_turn(calls, device, repeats=20, budget_ms=3000):
     """{name: median and spread in ms} of `calls` by name: wall clock, until the device is done.
 
-    They take turns, so that what else the machine does meets all of them. The first of their times, after
-    one call each, warms up as well and is dropped.
+    They take turns, so that what else the machine does meets all of them. A call whose time is spent sits
+    out after three turns. The first turn warms up and does not count.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     spent = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     for turn in range(repeats + 1):
-        if turn > 3 and sum(map(sum, spent.values())) > budget_ms * len(calls):
-            break
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            spent[name].append(1e3 * (time.perf_counter() - start))
+        for name, times in spent.items():
+            if turn < 3 or sum(times) < budget_ms:
+                wait()
+                start = time.perf_counter()
+                calls[name]()
+                wait()
+                times.append(1e3 * (time.perf_counter() - start))
     return {name: _spread(times[1:]) for name, times in spent.items()}
 
 
