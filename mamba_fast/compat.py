@@ -16,6 +16,7 @@ import warnings
 from mamba_fast.block import Block, GatedMLP
 from mamba_fast.checkpoints import load_config_hf, load_state_dict_hf
 from mamba_fast.config import MambaConfig
+from mamba_fast.generation import GenerationMixin, decode
 from mamba_fast.inference import InferenceParams
 from mamba_fast.init import init_weights
 from mamba_fast.mixer import Mamba
@@ -72,7 +73,7 @@ MODULES = {  # module: what it holds
         **_named(MambaLMHeadModel, MixerModel, create_block),
     },
     "mamba_ssm.utils": {},
-    "mamba_ssm.utils.generation": _named(InferenceParams),
+    "mamba_ssm.utils.generation": _named(InferenceParams, GenerationMixin, decode),
     "mamba_ssm.utils.hf": _named(load_config_hf, load_state_dict_hf),
     "causal_conv1d": _named(causal_conv1d_fn, causal_conv1d_update),
     "causal_conv1d.causal_conv1d_interface": _CONV,
@@ -94,13 +95,13 @@ def register(force=False):
     Returns the :class:`Registration`; as a context manager it ends with the block. Warns of the modules of
     transformers that were imported too early.
     """
-    registration = Registration([name for name in VERSIONS if force or not _is_installed(name)])
-    late = _imported_too_early() if registration.packages else []
+    packages = [name for name in VERSIONS if force or not _is_installed(name)]
+    late = _imported_too_early() if packages else []
     if late:
         warnings.warn(
             f"imported before register(), and keep what they found then: {', '.join(late)}", stacklevel=2
         )
-    return registration
+    return Registration(packages)
 
 
 def unregister():

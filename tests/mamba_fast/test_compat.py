@@ -20,6 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_model_of_transformers_yet(monkeypatch):
+    """As in a new process, whatever ran before."""
+    for name in [name for name in sys.modules if name.startswith("transformers.models.")]:
+        if ".modeling_" in name:
+            monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.fixture
 def registered():
     with compat.register() as registration:
@@ -80,10 +88,12 @@ def test_names_that_only_the_published_package_has(registered):
         "from mamba_ssm.models.mixer_seq_simple import _init_weights, create_block\n"
         "from mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf\n"
         "from mamba_ssm.modules.mlp import GatedMLP\n"
+        "from mamba_ssm.utils.generation import GenerationMixin, decode\n"
     )
     block = found["create_block"](8, d_intermediate=4)
     assert isinstance(block.mlp, found["GatedMLP"])
     assert isinstance(block.mixer, mamba_fast.Mamba)
+    assert issubclass(mamba_fast.MambaLMHeadModel, found["GenerationMixin"])
 
 
 def test_the_published_example(registered):
