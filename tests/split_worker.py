@@ -1,5 +1,7 @@
 """Run by torchrun, once for each number of processes: every case's part of this rank, into a folder."""
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from mamba_fast.distributed import SequenceSplit, full_state_dict, init_from_torchrun, shard, wrap_ddp
 
-assert init_from_torchrun() == torch.device("cpu")
+sys.modules["numba"] = None  # every process would compile its kernels
+
+if os.environ["WORLD_SIZE"] == "4":  # the page's example, which joins the processes itself
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "scaling.md", "exec"), {})
+else:
+    assert init_from_torchrun() == torch.device("cpu")
 out, rank, ranks = Path(sys.argv[1]), dist.get_rank(), dist.get_world_size()
 
 
@@ -33,6 +42,25 @@ for name, case in CASES.items():
         for dtype in (torch.float32, torch.float64):
             torch.save(run(case, dtype, split_of), out / f"{name} {dtype} {rank}.pt")
 torch.save(block(split_of), out / f"block {rank}.pt")
+
+sent = []  # bytes that this rank has for each collective of one call, forward and backward
+
+
+def counted(name, place):
+    """The collective, which also notes what it is given in `place`."""
+    collective = getattr(dist, name)
+
+    def call(*args, **kwargs):
+        sent.append((name, args[place].nbytes))
+        return collective(*args, **kwargs)
+
+    setattr(dist, name, call)
+
+
+counted("all_gather", 1)
+counted("reduce_scatter", 0)
+run(CASES["uneven slices"], torch.float32, split_of)
+torch.save(sent, out / f"sent {rank}.pt")
 
 mesh = dist.device_mesh.init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "sequence"))
 mine = slice(mesh.get_local_rank("data"), None, ranks // 2)

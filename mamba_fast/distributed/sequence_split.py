@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mamba_fast.ops.selective_scan import selective_scan_fn
+from mamba_fast.distributed.slice_scan import SliceScan, gather
+from mamba_fast.ops.selective_scan import backends
+from mamba_fast.ops.selective_scan.arguments import normalise
 
 
 class SequenceSplit:
@@ -49,10 +51,9 @@ class SequenceSplit:
     Every rank makes the same calls in the same order, forward and backward. A rank whose tokens have no
     loss calls backward on zero times its output.
 
-    Per layer, forward and again backward, a rank sends B D (K - 1) inputs in their type and B D (N + 1)
-    float32, to everybody: it receives P times as much. It scans its slice twice: once from zero for what it
-    hands on, once more from h_0. Adding C_t exp(A (Δ_1 + ... + Δ_t)) h_0 to the y of the first scan would be
-    a recurrence of the same length. Everything else in a layer is done once.
+    Per layer a rank sends B D (K - 1) inputs, in their type, and B D (N + 1) float32 numbers to all others;
+    in the backward the gradients of the former and B D N. It receives P times as much. Beside its scans it
+    finds what its slice hands on, each way at about half the price of a forward scan.
     """
 
     def __init__(self, seqlen, group=None, seq_idx=None):
@@ -61,25 +62,38 @@ class SequenceSplit:
             raise ValueError("group: this process is not in it")
         if seqlen < self.ranks:
             raise ValueError(f"seqlen: expected a token for each of {self.ranks} ranks, got {seqlen}")
-        if seq_idx is not None and (seq_idx.dim() != 2 or seq_idx.shape[1] != seqlen):
-            raise ValueError(f"seq_idx: expected (B, {seqlen}), got {tuple(seq_idx.shape)}")
         self.seqlen = seqlen
         self.edges = [seqlen * r // self.ranks for r in range(self.ranks + 1)]
-        self.weight = self.ranks * len(range(*self._ends())) / seqlen
-        self.seq_idx = None if seq_idx is None else self.part(seq_idx)
-        self._number = None  # (B, L): how many changes came before a token
+        first, end = self.edges[self.rank : self.rank + 2]
+        self.weight = self.ranks * (end - first) / seqlen
+        self.seq_idx = self._number = self.arrives_left = self.arrives_right = None
         if seq_idx is not None:
-            self._number = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))
+            self._pack(seq_idx)
 
-    def _ends(self):
-        return self.edges[self.rank], self.edges[self.rank + 1]
+    def _pack(self, seq_idx):
+        """Where sequences end: what passes from slice to slice, and which tokens hand something on."""
+        if seq_idx.dim() != 2 or seq_idx.shape[1] != self.seqlen:
+            raise ValueError(f"seq_idx: expected (B, {self.seqlen}), got {tuple(seq_idx.shape)}")
+        self.seq_idx = self.part(seq_idx)
+        number = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))  # changes before a token
+        first = number[:, self.edges[:-1]].T  # (P, B): of the first token of each slice
+        last = number[:, [end - 1 for end in self.edges[1:]]].T
+        self.arrives_left = self.before(last) == first[self.rank]
+        self.arrives_right = self.after(first) == last[self.rank]
+        self._number, self._first, self._last = number, first[self.rank], last[self.rank]
 
     def part(self, tokens):
         """This rank's slice of (B, L, ...): a view (B, edges[rank + 1] - edges[rank], ...)."""
         if tokens.shape[1] != self.seqlen:
             raise ValueError(f"tokens: expected (B, {self.seqlen}, ...), got {tuple(tokens.shape)}")
-        first, end = self._ends()
-        return tokens[:, first:end]
+        return tokens[:, self.edges[self.rank] : self.edges[self.rank + 1]]
+
+    def before(self, everyone):
+        """Of (P, ...) what belongs to the slices before this one, the farthest first."""
+        return everyone[: self.rank]
+
+    def after(self, everyone):
+        return everyone[self.rank + 1 :].flip(0)
 
     def inputs_before(self, x, conv_state, layout, width):
         """conv_state (B, D, K) of the tokens before x (B, D, L/P); `conv_state` is that of whole rows."""
@@ -105,38 +119,39 @@ class SequenceSplit:
             before = torch.where(same[:, None], before, 0)
         return F.pad(before, (1, 0))
 
-    def scan(self, u, delta, A, B, C, D=None, *, delta_bias, delta_softplus, initial_state, seq_idx=None,
-             backend=None, **options):  # fmt: skip
+    def scan(
+        self, u, delta, A, B, C, D, *, z, delta_bias, delta_softplus, return_last_state, initial_state,
+        seq_idx=None, backend=None,
+    ):  # fmt: skip
         """:func:`selective_scan_fn` of this rank's slice, from the state behind the slices before it.
 
         `initial_state` is that of whole rows. Softplus is taken.
         """
-        if initial_state is not None:
-            initial_state = initial_state * (self.rank == 0)
-        shared = dict(delta_bias=delta_bias, delta_softplus=delta_softplus, seq_idx=seq_idx, backend=backend)
-        local = selective_scan_fn(
-            u, delta, A, B, C.detach(), return_last_state=True, initial_state=initial_state, **shared
-        )[1]
-        h = self._state_before(local, _Total.apply(delta, delta_bias), A)
-        if initial_state is not None:
-            h = h + initial_state
-        return selective_scan_fn(u, delta, A, B, C, D, initial_state=h, **shared, **options)
+        args = normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, None)
+        choice = backends.choose(u, A, backend)
+        backends.warn_once_if_missing(choice)
+        y, last_state = SliceScan.apply(*args[:10], choice.name, self)
+        return (y, last_state) if return_last_state else y
 
-    def _state_before(self, local, total, A):
-        """h_0 (B, D, N) from everybody's local (B, D, N) and total (B, D), which travel together."""
-        everyone = _Gather.apply(torch.cat([local, total[..., None]], -1), self.group)[: self.rank]
-        local, total = everyone[..., :-1], everyone[..., -1]  # (r, B, D, N), (r, B, D)
-        later = F.pad(total[1:], (0, 0, 0, 0, 0, 1)) if self.rank else total
-        later = later.flip(0).cumsum(0).flip(0)  # total_{s+1} + ... + total_{r-1}, without a difference
-        states = torch.exp(A * later[..., None]) * local
-        if self._number is not None:
-            last = [end - 1 for end in self.edges[1 : self.rank + 1]]
-            same = self._number[:, last] == self._number[:, self.edges[self.rank], None]  # (B, r)
-            states = torch.where(same.T[..., None, None], states, 0)
-        return states.sum(0)
+    def in_last_sequence(self, x):
+        """x (B, D, L / P) where it is of the slice's last sequence, 0 elsewhere."""
+        return x if self._number is None else torch.where(self._is(self._last), x, 0)
+
+    def in_first_sequence(self, x):
+        return x if self._number is None else torch.where(self._is(self._first), x, 0)
+
+    def _is(self, number):
+        return (self.part(self._number) == number[:, None])[:, None]
+
+    def through(self, A, total, state):
+        """What is left of a state (B, D, N) on the other side of this slice."""
+        state = torch.exp(A * total[..., None]) * state
+        if self._number is None:
+            return state
+        return torch.where((self._first == self._last)[:, None, None], state, 0)
 
     def _check(self, x, layout):
-        first, end = self._ends()
+        first, end = self.edges[self.rank : self.rank + 2]
         if x.shape[2] != end - first:
             raise ValueError(
                 f"hidden_states: rank {self.rank} of {self.ranks} holds {end - first} of {self.seqlen} "
@@ -159,9 +174,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, group):
         ctx.group = group
-        everyone = own.new_empty(dist.get_world_size(group), *own.shape)
-        dist.all_gather(list(everyone.unbind()), own.contiguous(), group=group)
-        return everyone
+        return gather(own, group)
 
     @staticmethod
     @once_differentiable
@@ -169,20 +182,3 @@ class _Gather(torch.autograd.Function):
         own = grad.new_empty(grad.shape[1:])
         dist.reduce_scatter(own, list(grad.contiguous().unbind()), group=ctx.group)
         return own, None
-
-
-class _Total(torch.autograd.Function):
-    """The sum over time of Δ = softplus(delta + bias): (B, D). Keeps delta, not Δ in float32."""
-
-    @staticmethod
-    def forward(ctx, delta, bias):
-        ctx.save_for_backward(delta, bias)
-        return F.softplus(delta + bias[:, None]).sum(-1)  # bias is wide, and so is the sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        delta, bias = ctx.saved_tensors
-        raw = delta + bias[:, None]
-        slope = torch.where(raw > 20, 1, torch.sigmoid(raw)) * grad[..., None]
-        return slope.to(delta.dtype), slope.sum((0, 2))

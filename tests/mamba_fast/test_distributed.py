@@ -1,6 +1,10 @@
 """Two and four processes against one: outputs, and every gradient. They talk through gloo, on a CPU."""
 
+import contextlib
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +16,7 @@ from split_cases import CASES, CONFIG, block, model_of, run, step
 from mamba_ref.checks import bounds, check
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 EXACT = (
     2.0**-40
 )  # float64: the same sums in another order, some hundred roundings, and softmax of small models
@@ -63,6 +68,17 @@ def test_a_block_alone(ranks):
         check(name, got[name], value, EXACT)
 
 
+def test_what_a_rank_sends(ranks):
+    """The formulas of docs/scaling.md, in bytes; in the order of the calls, backward last layer first."""
+    B, D, K, N, w = CASES["uneven slices"].batch, 2 * CONFIG.d_model, 4, CONFIG.ssm_cfg["d_state"], 4
+    rows = re.findall(r"\| \w+, [\w ]+ \| ([\w-]+) \| `([^`]+)` \|", PAGE)
+    assert len(rows) == 4
+    sizes = {"B": B, "D": D, "K": K, "N": N, "w": w}
+    call = [(name.replace("-", "_"), eval(formula, {}, sizes)) for name, formula in rows]
+    for sent in ranks("sent"):
+        assert sent == call[:2] * CONFIG.n_layer + call[2:] * CONFIG.n_layer
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "ddp and sequence", "fsdp and sequence"])
 def test_steps_of_ddp_and_fsdp2_are_steps_of_one_process(ranks, how):
     """Rows over processes, with and without tokens of a row over pairs of them: two steps of AdamW."""
@@ -96,3 +112,21 @@ def test_shards_under_autocast(ranks):
         assert s["marks"] == [True] * CONFIG.n_layer
         for name, limit in bounds(plain, want).items():
             check(name, s["found"][f"d{name}"], want[name], limit)
+
+
+def test_the_plan_prints_its_table():
+    section = r"<!-- plan -->\n```python\n(.*?)```\n\n(.*?)\n<!-- /plan -->"
+    ((code, table),) = re.findall(section, PAGE, re.DOTALL)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "scaling.md", "exec"), {})
+    assert out.getvalue().splitlines() == table.splitlines()[2:]
+
+
+def test_the_plans_scan_is_the_measured_one():
+    rows = json.loads((ROOT / "docs" / "results" / "scan-nvidia-h200.json").read_text("utf-8"))["rows"]
+    (row,) = (r for r in rows if (r["case"], r["name"], r["dtype"]) == ("130m_train", "cuda", "bfloat16"))
+    batch, channels, seqlen, _ = row["shape"]
+    (constants,) = re.findall(r"FORWARD, BACKWARD = (\S+), (\S+) ", PAGE)
+    for constant, name in zip(constants, ("forward_training", "backward"), strict=True):
+        assert f"{row[name]['median'] * 1e-3 / (batch * channels * seqlen):.2e}" == constant

@@ -81,9 +81,13 @@ def backward(
 
 
 def _inputs(u, delta, A, B, C, D, z, delta_bias, table):
-    """Contiguous float32 arrays; an absent D or delta_bias is zero, an absent z is never read."""
+    """Contiguous float32 arrays; an absent D or delta_bias is zero, an absent z is never read.
+
+    D and delta_bias are copied: they can be parameters, and memory that NumPy has seen is never freed, which
+    a sharded model wants to do with its parameters.
+    """
     none = torch.zeros(u.shape[1])
-    D, delta_bias = (none if v is None else v for v in (D, delta_bias))
+    D, delta_bias = (none if v is None else v.clone() for v in (D, delta_bias))
     return tuple(_array(v) for v in (u, delta, A, B, C, D, u if z is None else z, delta_bias, table))
 
 
