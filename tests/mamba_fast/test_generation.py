@@ -4,26 +4,11 @@ import copy
 
 import pytest
 import torch
+from generation_inputs import SAMPLED, Listener, a_token_of, text_of
 from model_inputs import D_MODEL, N_LAYER, VOCAB, fast_model, reference_model, token_ids
 
 from mamba_fast import MambaConfig, MambaLMHeadModel, decoding, generation
 from mamba_ref.checks import bound, check
-
-SAMPLED = dict(top_k=0, top_p=0.9, temperature=1.5)
-
-
-class Listener:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.put_in, self.ended = [], False
-
-    def put(self, value):
-        assert value.device.type == "cpu"
-        self.put_in.append(value)
-
-    def end(self):
-        self.ended = True
 
 
 def greedy(reference, ids, new, vocab=VOCAB):
@@ -32,17 +17,6 @@ def greedy(reference, ids, new, vocab=VOCAB):
         for _ in range(new):
             ids = torch.cat([ids, reference(ids)[:, -1:, :vocab].argmax(-1)], 1)
     return ids
-
-
-def text_of(model, ids, new, **options):
-    return model.generate(ids, ids.shape[1] + new, **options)
-
-
-def a_token_of(text, row, at):
-    """A token that the row has there for the first time."""
-    token = text[row, at].item()
-    assert token not in text[row, :at].tolist()
-    return token
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 7])
