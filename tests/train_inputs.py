@@ -13,7 +13,7 @@ TINY = {
 }  # fmt: skip
 
 
-def write_texts(folder, seed=0, documents=12, longest=90):
+def write_texts(folder, seed=0, documents=12, longest=300):
     """{name: bytes} of small documents, some in a folder of their own; their sizes differ."""
     rng, texts = random.Random(seed), {}
     for k in range(documents):
@@ -29,7 +29,7 @@ def tiny(folder, **changes):
     """The :class:`TrainConfig` of TINY with changes, in `folder`/run; text is read from `folder`/texts."""
     settings = TINY | {"out": str(folder / "run")}
     if changes.get("task", "text") == "text":
-        settings["data"] = {"folder": str(folder / "texts")}
+        settings["data"] = {"folder": str(folder / "texts"), "validation": 0.1}
     return load_config(None, settings | changes)
 
 

@@ -134,15 +134,15 @@ def load_config(source=None, changes=None):
     Raises ConfigError that names the file and the key.
     """
     settings = _read(source) if source else {}
-    for dotted, value in (changes or {}).items():
-        *path, key = dotted.split(".")
-        table = settings
-        for name in path:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ConfigError(f"{dotted}: {name} is no table")
-        table[key] = _value(value) if isinstance(value, str) else value
     try:
+        for dotted, value in (changes or {}).items():
+            *path, key = dotted.split(".")
+            table = settings
+            for name in path:
+                table = table.setdefault(name, {})
+                if not isinstance(table, dict):
+                    raise ConfigError(f"{dotted}: {name} is no table")
+            table[key] = _value(value) if isinstance(value, str) else value
         _known("", settings, [f.name for f in fields(TrainConfig)])
         return TrainConfig(**settings)
     except ConfigError as error:

@@ -142,6 +142,11 @@ class TextData:
         self.train, self.held_out = Rows(corpus, 0, cut, seqlen), Rows(corpus, cut, total, seqlen)
         if not self.train.count:
             raise DataError(f"data.folder: {cut} tokens to train on, fewer than one row: seqlen = {seqlen}")
+        if validation and not self.held_out.count:
+            raise DataError(
+                f"data.validation: {total - cut} tokens held out, fewer than one row: seqlen = {seqlen}; "
+                "0 for none"
+            )
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.vocab_size, self.digest = corpus.vocab_size, corpus.digest
         self.position, self._orders = 0, {}

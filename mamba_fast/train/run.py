@@ -71,6 +71,8 @@ class Run:
         self.device, self.rank, self.world_size = torch.device(device), rank, world_size
         if config.graph and self.device.type != "cuda":
             raise ConfigError(f"graph: needs an NVIDIA GPU, got device {device!r}")
+        if config.graph and wrap:
+            raise ConfigError(f"graph: expected one process, got {world_size}")
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         self.data = DATA[config.task](config, **config.data) if data is None else data

@@ -168,5 +168,7 @@ def test_errors_name_the_file_and_the_sizes(tmp_path, corpus):
         corpus_of(tmp_path / "bad", tokenizer=str(tmp_path / "words.json"), cache=tmp_path / "cache")
     with pytest.raises(DataError, match="fewer than one row: seqlen = 100000"):
         TextData(corpus, 1, 100000, 0, "cpu")
+    with pytest.raises(DataError, match=r"data\.validation: 1 tokens held out, fewer than one row"):
+        text_data(corpus, validation=1 / len(corpus.tokens))
     with pytest.raises(DataError, match=r"data\.validation: expected a fraction .* got 1"):
         text_data(corpus, validation=1)

@@ -16,6 +16,7 @@ from train_inputs import check_same_run, tiny, write_texts
 from mamba_fast.train import ConfigError, train
 from mamba_fast.train.checkpoint import load, load_latest
 from mamba_fast.train.metrics import read_metrics
+from mamba_ref.checks import bound, check
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = dict(
@@ -69,7 +70,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, dtype):
     whole = tiny(tmp_path, out=str(tmp_path / "whole"), dtype=dtype, **SETTINGS)
     train(whole)
     killed, rng = tiny(tmp_path, out=str(tmp_path / "killed"), dtype=dtype, **SETTINGS), random.Random(dtype)
-    kill_at(killed, rng.randint(4, 16), rng)
+    kill_at(killed, rng.randint(7, 16), rng)
     path, _ = load_latest(Path(killed.out) / "checkpoints")
     if dtype == "float32":
         kept = path
@@ -130,3 +131,23 @@ def test_on_a_gpu_the_rest_of_a_run_has_the_same_bits(tmp_path, graph):
     with pytest.warns(UserWarning, match="step-00000020.pt"):
         train(killed)
     check_same_run(*result(Path(killed.out)), *result(Path(whole.out)))
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """torchrun with two ranks of one batch each: what one process gets from the two accumulated."""
+    write_texts(tmp_path / "texts", seed=2)
+    config = tiny(tmp_path, out=str(tmp_path / "two"), save_every=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *command(config)[1:]], cwd=ROOT, env=env, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().count("steps") == 1  # rank 0 alone tells
+    result = train(tiny(tmp_path, accumulate=2))
+    _, state = load_latest(tmp_path / "two" / "checkpoints")
+    for name, p in result.model.named_parameters():
+        check(name, state["model"][name], p, bound(p, p))
+    both, one = (sum(line["tokens_per_s"] > 0 for line in read_metrics(tmp_path / name / "metrics.jsonl"))
+                 for name in ("two", "run"))  # fmt: skip
+    assert both == one == config.steps
