@@ -41,10 +41,10 @@ CASES = {
 }
 
 
-def model_of(dtype, seed=0):
+def model_of(dtype, seed=0, config=CONFIG):
     """A language model whose layers decide its logits; float32 holds every parameter exactly."""
     torch.manual_seed(seed)
-    model = MambaLMHeadModel(copy.deepcopy(CONFIG))
+    model = MambaLMHeadModel(copy.deepcopy(config))
     with torch.no_grad():
         model.backbone.embedding.weight *= 20
         for name, p in model.named_parameters():
@@ -69,14 +69,14 @@ def tokens_of(case, seed=1):
     return ids, seq_idx, weight
 
 
-def run(case, dtype, split_of=None):
+def run(case, dtype, split_of=None, config=CONFIG, device="cpu", backend="torch"):
     """{logits, "d" + parameter, states}: of the rows, or this rank's part and share of the gradients.
 
     split_of(seqlen, seq_idx) makes the SequenceSplit.
     """
-    model = model_of(dtype)
-    ids, seq_idx, weight = tokens_of(case)
-    call = {**dict.fromkeys(case.call, True), "backend": "torch"}
+    model = model_of(dtype, config=config).to(device)
+    ids, seq_idx, weight = (None if v is None else v.to(device) for v in tokens_of(case))
+    call = {**dict.fromkeys(case.call, True), "backend": backend}
     split, is_last = None, True
     if split_of is not None:
         split = call["sequence_split"] = split_of(case.seqlen, seq_idx)
@@ -87,7 +87,7 @@ def run(case, dtype, split_of=None):
     if case.states:
         generator = torch.Generator().manual_seed(7)
         for i, pair in model.allocate_inference_cache(case.batch, 0).items():
-            made = (torch.randn(v.shape, generator=generator).to(dtype).requires_grad_() for v in pair)
+            made = (torch.randn(v.shape, generator=generator).to(v).requires_grad_() for v in pair)
             given[i] = tuple(made)
         call |= {"initial_states": given, "return_final_states": True}
     out = model(ids, seq_idx=seq_idx, **call)
@@ -95,7 +95,7 @@ def run(case, dtype, split_of=None):
     found = {"logits": out.logits}
     for i, pair in (out.final_states if case.states else {}).items():
         for name, v in zip(("conv_state", "ssm_state"), pair, strict=True):
-            factor = torch.randn(v.shape, generator=torch.Generator().manual_seed(i)).to(dtype)
+            factor = torch.randn(v.shape, generator=torch.Generator().manual_seed(i)).to(v)
             loss = loss + (v * factor).sum() * is_last
             found[f"{name} {i}"] = v if is_last else torch.zeros_like(v)
     loss.backward()
@@ -120,23 +120,25 @@ def block(split_of=None):
     }  # fmt: skip
 
 
-def step(dtype, wrap=None, split=None, rows=slice(None), autocast=False):
+def step(
+    dtype, wrap=None, split=None, rows=slice(None), autocast=False, device="cpu", backend="torch"
+):  # fmt: skip
     """The model's gradients and its parameters after two steps of AdamW on the mean loss of 4 rows.
 
     wrap: DDP or FSDP2 of a model; split: its sequences over ranks; rows: those of this process.
     """
-    model = model_of(dtype)
+    model = model_of(dtype).to(device)
     wrapped = model if wrap is None else wrap(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
-    ids, _, _ = tokens_of(Case(22, batch=4))
+    ids = tokens_of(Case(22, batch=4))[0].to(device)
     ids, target = ids[rows, :-1], ids[rows, 1:]
-    weight, call = 1, {"backend": "torch", "gradient_checkpointing": autocast}
+    weight, call = 1, {"backend": backend, "gradient_checkpointing": autocast}
     if split is not None:
         ids, target, weight = split.part(ids), split.part(target), split.weight
         call["sequence_split"] = split
     for _ in range(2):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             logits = wrapped(ids, **call).logits
             loss = F.cross_entropy(logits.flatten(0, 1).to(dtype), target.flatten()) * weight
         loss.backward()
