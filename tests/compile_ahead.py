@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mamba_fast.ops.causal_conv1d import triton_conv
+from mamba_fast.ops.linear_cross_entropy import triton_rows
 from mamba_fast.ops.rms_norm import triton_norm
 from mamba_fast.ops.selective_scan import triton_scan
 from mamba_fast.ops.selective_scan.arguments import normalise
@@ -37,7 +38,13 @@ PACKINGS = {
     "seq_idx": {"seq_idx": torch.arange(2000)[None] // 700},
     "cu_seqlens": {"cu_seqlens": torch.tensor([0, 700, 2000])},
 }
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int8: "i8"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 ORDER = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
 
 
@@ -93,6 +100,16 @@ def norm_launches(dtype):
         for rms, bias in ((True, None), (False, weight)):
             y, s, mean, rstd = triton_norm.forward(x, weight, bias, s, 1e-5, s.dtype, rms, True, True)
             triton_norm.backward(y, s, s, None, weight, bias, mean, rstd, dtype, s.dtype, rms)
+    return noted
+
+
+def loss_launches(dtype):
+    """With gradients, scaled or not, and without; the published vocabulary and one that needs no block."""
+    noted = noting(triton_rows, ("cross_entropy_kernel",))
+    for columns in (50280, 100):
+        for keep, scale in ((True, None), (True, torch.ones(64)), (False, None)):
+            logits, labels = torch.ones(64, columns, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+            triton_rows.rows(logits, labels, torch.ones(64), scale, columns, -100, keep)
     return noted
 
 
@@ -202,7 +219,7 @@ if __name__ == "__main__":
         noted = launches(dtype, PACKINGS[packing], split)
         report(noted, arch, dtype=TYPES[dtype], packing=packing, split=split)
     for arch, dtype in itertools.product(architectures, DTYPES):
-        noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype)
+        noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype) + loss_launches(dtype)
         report(noted, arch, dtype=TYPES[dtype], packing="none")
         if (arch, dtype) == (architectures[0], torch.bfloat16):
             compile_with_ones(noted + launches(dtype, PACKINGS["none"], True), arch)

@@ -6,8 +6,8 @@ import triton.language as tl
 from mamba_fast.ops.rooms import on_device_of
 
 _BLOCK = 8192  # columns a program has in hand
-_THREAD = 8  # numbers a thread: 16 bytes of a half type. All threads of a multiprocessor then have two rows,
-# and the rows of a whole GPU are still in its second-level cache when they are read again.
+_THREAD = 16  # numbers a thread. A multiprocessor then runs two or three rows, few enough that those of a
+# whole GPU are still in its second-level cache when they are read again.
 
 
 def rows(logits, labels, losses, scale, vocab_size, ignore_index, keep):
