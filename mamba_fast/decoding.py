@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from mamba_fast.inference import InferenceParams
-from mamba_fast.sampling import penalise, sample
+from mamba_fast.ops.next_token import Slots, greedy_token, record
+from mamba_fast.ops.next_token.torch_next import penalise
+from mamba_fast.sampling import sample
 
 RING = 128  # tokens that a decoder takes and gives before the host looks after it
 MOST_GRAPHS = 16  # of one model, the least recently used one is given up first
@@ -35,42 +37,45 @@ class Recipe:
 class Decoder:
     """The step of `batch` rows: reads the last token, writes the next one, all of it on the device.
 
-    token (B, 1): the last one. tokens (RING, B): the ones since :meth:`refill`, `place` of them. uniforms
-    (RING, B) in [0, 1): one a token, to sample with. forced (RING, B): what to take in place of a sample,
-    -1 for nothing. numbers: the values of the filters and of the penalty. seen (B, V): tokens the penalty
-    is for. finished (B,): rows that have ended. states: as allocate_inference_cache makes them, for at
-    least B rows.
+    slots: the last token, (RING, B) tokens since :meth:`refill`, which rows have ended, what was seen.
+    uniforms (RING, B) in [0, 1): one a token, to sample with. forced (RING, B): what to take in place of a
+    sample, -1 for nothing. numbers: the values of the filters. states: as allocate_inference_cache makes
+    them, for at least B rows.
     """
 
     def __init__(self, model, batch, recipe, states):
         weight = model.lm_head.weight
-        device = weight.device
         self.recipe, self.graph, self.logits = recipe, None, None
         self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(RING, batch, dtype=torch.long, device=device)
-        self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.uniforms = torch.zeros(RING, batch, dtype=torch.float64, device=device)
-        self.forced = torch.zeros(RING, batch, dtype=torch.long, device=device)
-        names = (*recipe.filters, *(("repetition_penalty",) if recipe.penalty else ()))
-        self.numbers = {name: torch.ones((), device=device) for name in names}
-        self.eos = torch.zeros(recipe.eos, dtype=torch.long, device=device)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        shape = (batch, weight.shape[0]) if recipe.penalty else (0, 0)
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        penalised = ()
+        if recipe.penalty:
+            penalised = (zeros(batch, weight.shape[0], dtype=torch.bool), zeros(dtype=torch.float32).fill_(1))
+        self.slots = Slots(
+            zeros(batch, 1), zeros(RING, batch), zeros(batch), zeros(recipe.eos),
+            zeros(batch, dtype=torch.bool), *penalised,
+        )  # fmt: skip
+        self.uniforms = zeros(RING, batch, dtype=torch.float64)
+        self.forced = zeros(RING, batch)
+        self.numbers = {name: zeros(dtype=torch.float32).fill_(1) for name in recipe.filters}
 
     def begin(self, eos, **numbers):
         """Forget the last batch; `numbers` and `eos` for this one."""
-        self.finished.zero_()
-        self.seen.zero_()
+        self.slots.finished.zero_()
         for name, kept in self.numbers.items():
             kept.fill_(numbers[name])
-        for kept, value in zip(self.eos, eos, strict=True):
+        if self.recipe.penalty:
+            self.slots.seen.zero_()
+            self.slots.penalty.fill_(numbers["repetition_penalty"])
+        for kept, value in zip(self.slots.eos, eos, strict=True):
             kept.fill_(value)
 
     def refill(self, uniforms, forced):
         """For the next RING tokens: (at most RING, B) each, or None where the recipe has no use for it."""
-        self.place.zero_()
+        self.slots.place.zero_()
         for kept, new in ((self.uniforms, uniforms), (self.forced, forced)):
             if new is not None:
                 kept[: len(new)].copy_(new)
@@ -84,31 +89,25 @@ class Decoder:
         self.params.seqlen_offset += 1
 
     def choose(self, logits):
-        """The next token of logits (B, V), written to token and tokens. The logits are kept as they were."""
-        recipe = self.recipe
+        """The next token of logits (B, V), written to its slots. The logits are kept as they were."""
+        recipe, slots = self.recipe, self.slots
         self.logits = logits = logits[:, : recipe.vocab_size]
+        if recipe.top_k == 1 and not recipe.forced:
+            greedy_token(logits, slots)
+            return
         if recipe.penalty:
-            seen = self.seen[:, : logits.shape[1]]
-            logits = penalise(logits, seen, self.numbers["repetition_penalty"])
-        uniform = self.uniforms.index_select(0, self.place)[0] if recipe.random else None
+            logits = penalise(logits, slots.seen[:, : logits.shape[1]], slots.penalty)
         filters = {name: self.numbers[name] for name in recipe.filters}
-        token = sample(logits, uniform, recipe.top_k, **filters)
-        if recipe.eos:
-            token = torch.where(self.finished, self.eos[0], token)
-        if recipe.forced:
-            forced = self.forced.index_select(0, self.place)[0]
-            token = torch.where(forced < 0, token, forced)
-        if recipe.eos:
-            self.finished |= (token[:, None] == self.eos).any(-1)
-        if recipe.penalty:
-            self.seen.scatter_(1, token[:, None], True)
-        self.token.copy_(token[:, None])
-        self.tokens.index_copy_(0, self.place, token[None])
-        self.place += 1
+        token = sample(logits, self._here(self.uniforms), recipe.top_k, **filters)
+        record(token, slots, self._here(self.forced) if recipe.forced else None)
+
+    def _here(self, ring):
+        """What the ring has for the next token of each row: (B,)."""
+        return ring.gather(0, self.slots.place[None])[0]
 
     def capture(self, model, pool):
         """Make a CUDA graph of the step. It changes the states: a prompt has to follow."""
-        device = self.token.device
+        device = self.slots.token.device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # kernels are compiled and libraries made ready before the capture
@@ -121,7 +120,7 @@ class Decoder:
         self.graph = graph
 
     def _step(self, model):
-        out = model(self.token, inference_params=self.params, num_last_tokens=1)
+        out = model(self.slots.token, inference_params=self.params, num_last_tokens=1)
         self.choose(out.logits[:, -1])
 
 

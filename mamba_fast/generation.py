@@ -88,7 +88,8 @@ def decode(
     forced = _forced(teacher_outputs, input_ids, new)
     recipe = Recipe(int(top_k), filters, repetition_penalty != 1, len(eos), forced is not None, vocab_size)
     uniforms = _uniforms(new, input_ids, seed, generator) if recipe.random else None
-    with _undifferentiated(), _printed_time(input_ids.device) if enable_timing else contextlib.nullcontext():
+    timed = _printed_time(input_ids.device) if enable_timing else contextlib.nullcontext()
+    with _undifferentiated(input_ids.device), timed:
         decoder = _decoder(model, len(input_ids), recipe, cg and input_ids.is_cuda)
         decoder.begin(eos, **numbers)
         logits = _prefill(model, input_ids, attention_mask, decoder, prefill_chunk)
@@ -102,7 +103,7 @@ class _Run:
     def __init__(self, model, decoder, uniforms, forced, eos, output_scores, streamer):
         self.model, self.decoder, self.uniforms, self.forced = model, decoder, uniforms, forced
         self.eos, self.streamer, self.output_scores = torch.tensor(eos), streamer, output_scores
-        self.on_gpu = decoder.token.is_cuda
+        self.on_gpu = decoder.slots.token.is_cuda
         self.followed = 0
 
     def __call__(self, input_ids, logits, new):
@@ -114,8 +115,8 @@ class _Run:
             if self.output_scores:
                 scores.append(self.decoder.logits.clone())
             if count % RING == 0:
-                pieces.append(self.decoder.tokens.clone())
-        pieces.append(self.decoder.tokens[: count % RING].clone())
+                pieces.append(self.decoder.slots.tokens.clone())
+        pieces.append(self.decoder.slots.tokens[: count % RING].clone())
         if self.streamer is not None:
             self.streamer.end()
         kept = self.followed or count
@@ -141,13 +142,13 @@ class _Run:
         if self.streamer is None and not len(self.eos):
             yield from steps
             return
-        slots = [torch.zeros_like(self.decoder.token, device="cpu") for _ in range(2)]
+        slots = [torch.zeros_like(self.decoder.slots.token, device="cpu") for _ in range(2)]
         if self.on_gpu:
             slots = [v.pin_memory() for v in slots]
         on_the_way = deque()
         for count in steps:
             slot = slots[count % 2]
-            slot.copy_(self.decoder.token, non_blocking=True)
+            slot.copy_(self.decoder.slots.token, non_blocking=True)
             on_the_way.append((slot, self._event()))
             yield count
             if len(on_the_way) > self.on_gpu and self._look(*on_the_way.popleft()):
@@ -192,7 +193,7 @@ def _prefill(model, input_ids, attention_mask, decoder, chunk):
         ids = input_ids
         if attention_mask is not None:
             ids = ids.where(attention_mask != 0, ids[:, -1:])  # padding counts for nothing
-        decoder.seen.scatter_(1, ids, True)
+        decoder.slots.seen.scatter_(1, ids, True)
     return logits
 
 
@@ -251,9 +252,10 @@ def _kind(value):
 
 
 @contextlib.contextmanager
-def _undifferentiated():
+def _undifferentiated(device):
     """No gradients; and what is kept for the next call does not depend on the mode of this one."""
-    with torch.inference_mode(False), torch.no_grad():
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), here:
         yield
 
 

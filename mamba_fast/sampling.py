@@ -22,12 +22,6 @@ def check_sampling(top_k, top_p, min_p, temperature, repetition_penalty):
         raise ValueError(f"repetition_penalty: expected a positive number, got {repetition_penalty!r}")
 
 
-def penalise(logits, seen, repetition_penalty):
-    """Logits of tokens `seen` (B, V) divided by the penalty, those below 0 multiplied: new (B, V)."""
-    lower = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-    return torch.where(seen, lower.to(logits.dtype), logits)
-
-
 def filtered(logits, top_k=0, top_p=None, min_p=None, temperature=None):
     """What may be chosen: scores (B, K) in float32, -inf for what may not, and its tokens (B, K) or None.
 

@@ -33,7 +33,7 @@ def captures(monkeypatch):
     made = []
 
     def counted(self, model, pool, right=decoding.Decoder.capture):
-        made.append((len(self.token), self.recipe))
+        made.append((len(self.slots.token), self.recipe))
         return right(self, model, pool)
 
     monkeypatch.setattr(decoding.Decoder, "capture", counted)

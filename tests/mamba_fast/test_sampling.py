@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from mamba_fast.sampling import check_sampling, draw, filtered, penalise, sample
+from mamba_fast.ops.next_token.torch_next import penalise
+from mamba_fast.sampling import check_sampling, draw, filtered, sample
 
 DRAWS = 40_000
 CASES = {
