@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from mamba_fast.ops.causal_conv1d import triton_conv
 from mamba_fast.ops.linear_cross_entropy import triton_rows
+from mamba_fast.ops.next_token import Slots, triton_next
 from mamba_fast.ops.rms_norm import triton_norm
 from mamba_fast.ops.selective_scan import triton_scan
 from mamba_fast.ops.selective_scan.arguments import normalise
@@ -44,6 +45,7 @@ TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
+    torch.uint8: "u8",
 }
 ORDER = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state")
 
@@ -110,6 +112,19 @@ def loss_launches(dtype):
         for keep, scale in ((True, None), (True, torch.ones(64)), (False, None)):
             logits, labels = torch.ones(64, columns, dtype=dtype), torch.zeros(64, dtype=torch.int64)
             triton_rows.rows(logits, labels, torch.ones(64), scale, columns, -100, keep)
+    return noted
+
+
+def token_launches(dtype):
+    """Greedy tokens of the published vocabulary and of a small one, alone and with penalty and ends."""
+    noted = noting(triton_next, ("greedy_token_kernel",))
+    for batch, columns in ((1, 50280), (128, 50277), (3, 100)):
+        place, finished = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
+        token, tokens = place[:, None], torch.zeros(128, batch, dtype=torch.int64)
+        seen, penalty = torch.zeros(batch, columns, dtype=torch.bool), torch.ones(())
+        for ends, penalised in ((0, ()), (2, ()), (1, (seen, penalty))):
+            slots = Slots(token, tokens, place, place.new_zeros(ends), finished, *penalised)
+            triton_next.greedy(torch.ones(batch, columns, dtype=dtype), slots)
     return noted
 
 
@@ -220,6 +235,7 @@ if __name__ == "__main__":
         report(noted, arch, dtype=TYPES[dtype], packing=packing, split=split)
     for arch, dtype in itertools.product(architectures, DTYPES):
         noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype) + loss_launches(dtype)
+        noted += token_launches(dtype)
         report(noted, arch, dtype=TYPES[dtype], packing="none")
         if (arch, dtype) == (architectures[0], torch.bfloat16):
             compile_with_ones(noted + launches(dtype, PACKINGS["none"], True), arch)

@@ -38,6 +38,7 @@ def test_every_kernel_compiles(rows, arch):
         "conv_parts_kernel",
         "conv_update_kernel",
         "conv_states_kernel",
+        "greedy_token_kernel",
         "cross_entropy_kernel",
     )
     wanted |= {(k, t, "none") for k in kernels for t in ("fp32", "bf16")}
