@@ -37,6 +37,7 @@ CASES = {
     "states in and out": Case(21, states=True),
     "states in, slices of a token": Case(4, states=True),
     "packed": Case(26, packed=((26,), (3, 1, 9, 13), (13, 13), (6, 17, 3), (7, 6, 13)), batch=5),
+    "packed, states in and out": Case(26, packed=((26,), (3, 23), (21, 5)), batch=3, states=True),
     "packed, slices of a token": Case(4, packed=((4,), (1, 3), (2, 2), (1, 2, 1)), batch=4),
 }
 
