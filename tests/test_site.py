@@ -50,30 +50,29 @@ def browser(tmp_path_factory):
 
 
 def public_names():
-    """(package, name) of what the packages export, and of documented functions and classes of their modules.
+    """(package, name) of the functions and classes that modules export: __all__, else what is documented.
 
-    The folder of an op offers what its __all__ says, and a Triton kernel is no function of Python.
+    The folder of an op exports what its __init__ does, and a Triton kernel is no function of Python.
     """
     for path in [path for package in ("mamba_fast", "mamba_ref") for path in (ROOT / package).rglob("*.py")]:
         package, *inside = path.relative_to(ROOT).with_suffix("").parts
-        internal = inside[0] == "ops" or inside[0].startswith("nvrtc") or inside[-1] == "__main__"
-        for node in ast.parse(path.read_text("utf-8")).body:
-            if isinstance(node, ast.Assign) and path.name == "__init__.py" and names(node) == ["__all__"]:
-                module = importlib.import_module(".".join([package, *inside[:-1]]))
-                exported = ast.literal_eval(node.value)
-                yield from (
-                    (package, name)
-                    for name in exported
-                    if inspect.isroutine(getattr(module, name)) or inspect.isclass(getattr(module, name))
-                )
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not internal:
+        if (inside[0] == "ops" and inside[-1] != "__init__") or re.match("nvrtc|__main__", inside[-1]):
+            continue
+        body = ast.parse(path.read_text("utf-8")).body
+        lists = [
+            n.value for n in body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+        ]
+        if lists:
+            module = importlib.import_module(".".join([package, *inside]).removesuffix(".__init__"))
+            members = {name: getattr(module, name) for name in ast.literal_eval(lists[0])}
+            yield from (
+                (package, n) for n, m in members.items() if inspect.isroutine(m) or inspect.isclass(m)
+            )
+        for node in body if not lists else ():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
                 kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-                if ast.get_docstring(node) and not kernel and not node.name.startswith("_"):
+                if not kernel and not node.name.startswith("_"):
                     yield package, node.name
-
-
-def names(node):
-    return [target.id for target in node.targets if isinstance(target, ast.Name)]
 
 
 def test_every_page_is_there(site):

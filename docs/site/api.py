@@ -20,27 +20,43 @@ def write(folder):
     """A page for each package, which leads to a page for each of its modules."""
     folder.mkdir()
     for package in PACKAGES:
-        seen, pages = [], []
         head = [*title(package), f".. automodule:: {package}"]
         if package == "mamba_fast":  # its names are documented where people import them from
             head.append("   :members:")
-            seen += members(package).values()
+            seen = [*members(package).values()]
         else:  # a function has the name of its module, so that each is documented in its module
             head += ["", *(f"* :py:obj:`{name}`" for name in members(package))]
-        for name in sorted(modules(package), key=lambda name: name.count(".")):
-            found = members(name)
-            elsewhere = [n for n, value in found.items() if any(value is other for other in seen)]
-            seen += found.values()
-            if len(elsewhere) < len(found) or not found:
-                pages.append(name)
-                lines = [*title(name), f".. automodule:: {name}", "   :members:"]
-                lines += [f"   :exclude-members: {', '.join(elsewhere)}"] * bool(elsewhere)
-                (folder / f"{name}.rst").write_text("\n".join(lines) + "\n", "utf-8")
+            seen = []
+        pages = write_modules(folder, modules(package), seen)
         short = {name: name.removeprefix(f"{package}.") for name in sorted(pages)}
         tree = [f"   {text} <{name}>" for name, text in short.items()]
         about = [f"* :doc:`{text} <{name}>` {first_line(name)}" for name, text in short.items()]
         lines = [*head, "", *title("Modules", "-"), *about, "", ".. toctree::", "   :hidden:", "", *tree]
         (folder / f"{package}.rst").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def write_modules(folder, names, seen):
+    """Pages of the modules that have something which is not in `seen`; the names of these modules.
+
+    What a package exports is documented there, other things where they are defined.
+    """
+    pages = []
+    for name in sorted(names, key=lambda name: name.count(".")):
+        found, others = members(name), {*names} - {name}
+        if hasattr(importlib.import_module(name), "__path__"):
+            others = ()
+        elsewhere = [
+            n
+            for n, value in found.items()
+            if any(value is other for other in seen) or getattr(value, "__module__", name) in others
+        ]
+        seen += [value for n, value in found.items() if n not in elsewhere]
+        if len(elsewhere) < len(found) or not found:
+            pages.append(name)
+            lines = [*title(name), f".. automodule:: {name}", "   :members:"]
+            lines += [f"   :exclude-members: {', '.join(elsewhere)}"] * bool(elsewhere)
+            (folder / f"{name}.rst").write_text("\n".join(lines) + "\n", "utf-8")
+    return pages
 
 
 def title(text, line="="):
