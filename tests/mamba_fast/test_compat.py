@@ -3,8 +3,10 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -240,3 +242,24 @@ def test_importing_it_registers_nothing():
     code = "import mamba_fast.compat, importlib.util as u; print(u.find_spec('mamba_ssm'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "None\n")
+
+
+def section(name):
+    """The fenced blocks between two marks of the page."""
+    page = (Path(__file__).parents[2] / "docs" / "compat.md").read_text("utf-8")
+    marked = re.search(rf"<!-- {name} -->(.*?)<!-- /{name} -->", page, re.DOTALL)[1]
+    return re.findall(r"```(?:python|text)\n(.*?)```", marked, re.DOTALL)
+
+
+def test_the_page_lists_what_is_served():
+    (listed,) = section("served")
+    lines = [f"{module}: {', '.join(names)}" for module, names in compat.MODULES.items() if names]
+    assert listed.splitlines() == lines
+
+
+def test_the_example_prints_what_the_page_says(capsys):
+    code, printed = section("example")
+    before = import_system()
+    run(code)
+    assert capsys.readouterr().out == printed
+    assert import_system() == before
