@@ -11,7 +11,11 @@ from pathlib import Path
 from mamba_fast.bench.report import leads
 
 # What a case's label says of its shape; elsewhere it has all of it.
-AXES = {"scan": ("batch", "d_inner", "length"), "generation": ("batch", "prompt", "new tokens")}
+AXES = {
+    "scan": ("batch", "d_inner", "length"),
+    "generation": ("batch", "prompt", "new tokens"),
+    "model": ("batch", "length"),
+}
 BRACKETS = "In brackets: that kernel's time over ours."
 TIMES = ("forward", "backward", "forward_backward", "time", "total", "prompt")  # ms; those that a table has
 OTHERS = {"token": "a token", "tokens_per_s": "tokens/s", "peak_bytes": "peak bytes"}

@@ -30,7 +30,7 @@ def _spread(spent):
     return {"median": statistics.median(spent), "p10": cuts[0], "p90": cuts[-1]}
 
 
-def in_turn(calls, device, repeats=20, budget_ms=3000):
+def in_turn(calls, device, repeats=20, budget_ms=6000):
     """{name: median and spread in ms} of `calls` by name: wall clock, until the device is done.
 
     They take turns, so that what else the machine does meets all of them. A call whose time is spent sits

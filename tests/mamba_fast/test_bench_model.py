@@ -7,17 +7,17 @@ import types
 import pytest
 import torch
 
-from mamba_fast import MambaLMHeadModel
+from mamba_fast import MambaConfig, MambaLMHeadModel
 from mamba_fast.bench import __main__ as bench
-from mamba_fast.bench import checks, model, model_block, rows
+from mamba_fast.bench import checks, generation_models, model, model_block, rows
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(model, "SIZES", {"tiny": (16, 2)})
-    monkeypatch.setattr(model, "VOCAB", 50)
+    monkeypatch.setitem(generation_models.MAMBA, "tiny", (16, 2))
+    monkeypatch.setitem(generation_models.VOCAB, "mamba", 50)
     monkeypatch.setattr(model, "FORWARD", {"tiny forward": ("tiny", 2, 9)})
     monkeypatch.setattr(model, "STEP", {"tiny step": ("tiny", 2, 9)})
     monkeypatch.setattr(model, "CHECKED", (2, 9))
@@ -28,16 +28,16 @@ def tiny(monkeypatch):
 @pytest.fixture
 def published(monkeypatch):
     """The published package's names, with ours behind them."""
-    for name in ("models", "models.mixer_seq_simple", "models.config_mamba"):
-        monkeypatch.setitem(sys.modules, f"mamba_ssm.{name}", types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "mamba_ssm", types.ModuleType("mamba_ssm"))
+    package = ("mamba_ssm", "mamba_ssm.models.mixer_seq_simple", "mamba_ssm.models.config_mamba")
+    for name in (*package, "causal_conv1d_cuda", "selective_scan_cuda"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
     class Published(MambaLMHeadModel):
         def forward(self, input_ids):
             return super().forward(input_ids)
 
     sys.modules["mamba_ssm.models.mixer_seq_simple"].MambaLMHeadModel = Published
-    sys.modules["mamba_ssm.models.config_mamba"].MambaConfig = model.MambaConfig
+    sys.modules["mamba_ssm.models.config_mamba"].MambaConfig = MambaConfig
 
 
 def test_the_block_on_a_cpu(tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_whole_models_are_checked_and_take_turns(published):
 
 
 def test_all_competitors_share_their_weights(published):
-    modules = model.competitors("tiny", CPU, True, False)
+    modules = model.competitors("tiny", CPU, torch.float32, True)
     first, *others = [dict(module.model.named_parameters()) for module in modules.values()]
     for other in others:
         assert {k: v.data_ptr() for k, v in other.items()} == {k: v.data_ptr() for k, v in first.items()}
