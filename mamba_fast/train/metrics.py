@@ -55,6 +55,9 @@ def draw_curve(lines, path):
         if last:
             ax.set_title(f"Loss {last['loss']:.3g} nats a token after {last['step']} steps")
             ax.legend()
+            losses = [line["loss"] for line in lines if line.get("loss")]
+            if losses and max(losses) > 20 * min(losses):
+                ax.set_yscale("log")
         ax.set(xlabel="optimizer step", ylabel="cross-entropy (nats a token)")
         figure.savefig(path)
         plt.close(figure)
