@@ -62,10 +62,10 @@ def score(place):
     folder, _ = place
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
 
-    def run(model, batch_size=64, tasks=TASKS, form="hf", **model_args):
+    def run(model, batch_size=64, tasks=TASKS, form="hf", device="cpu", **model_args):
         if isinstance(model, str):
             model_args = {"pretrained": str(folder / form), "max_length": MAX_LENGTH} | model_args
-            model = get_model(model)(batch_size=batch_size, device="cpu", **model_args)
+            model = get_model(model)(batch_size=batch_size, device=device, **model_args)
         chosen = manager.load(list(tasks))
         return lm_eval.evaluate(model, chosen, bootstrap_iters=0, log_samples=True)
 
@@ -128,6 +128,15 @@ def test_scores_are_those_of_transformers(score, theirs, truth, batch_size):
     check_scores(found, theirs, truth)
     assert texts(found) == texts(theirs)
     assert len(set(texts(found))) >= 5
+
+
+@needs_harness
+@pytest.mark.gpu
+def test_scores_on_a_gpu(score, theirs, truth):
+    """Batches of several sizes share the captured steps, and each is left when its rows have ended."""
+    found = score("mamba_fast", 3, device="cuda", dtype="float32")
+    check_scores(found, theirs, truth)
+    assert texts(found) == texts(theirs)
 
 
 @needs_harness
