@@ -168,11 +168,12 @@ class Kernel:
             dynamic = driver.cuFuncSetAttribute(self._function, limit, shared_bytes)
             _checked(dynamic, f"{what}: {shared_bytes} bytes of shared memory a block")
 
-    def launch(self, grid, threads, params, stream=None):
+    def launch(self, grid, threads, params, stream=None, cooperative=False):
         """Put `grid` blocks (1 to 2^31 - 1) of `threads` threads onto a stream of the kernel's device.
 
         params : ctypes.Structure, copied before this returns; it has to match the kernel's struct
         stream : cudaStream_t as an integer; default: torch's current stream of that device
+        cooperative : all blocks are on the chip at the same time, so that they can wait for each other
 
         RuntimeError if the launch is refused. What goes wrong later, on the GPU, torch reports.
         """
@@ -181,6 +182,8 @@ class Kernel:
         # An array of its own for each call: the driver reads it while other threads may run.
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         argument = ctypes.addressof(pointer)
+        if cooperative:
+            return self._launch_together(grid, threads, argument, stream)
         if self._current_device() == self.device:
             (code,) = self._launch(
                 self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, argument, 0
@@ -193,6 +196,15 @@ class Kernel:
             (code,) = self._launch(
                 self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, argument, 0
             )
+        if code:
+            self._refused(code, grid, threads)
+
+    def _launch_together(self, grid, threads, argument, stream):
+        from cuda.bindings import driver
+
+        shape = (grid, 1, 1, threads, 1, 1, self.shared_bytes)
+        with _active(self._context):
+            (code,) = driver.cuLaunchCooperativeKernel(self._function, *shape, stream, argument)
         if code:
             self._refused(code, grid, threads)
 

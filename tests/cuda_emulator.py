@@ -38,13 +38,13 @@ class EmulatedKernel:
             cls.loaded[key] = cls(ctypes.CDLL(str(build(sources, defines, entry))), shared_bytes)
         return cls.loaded[key]
 
-    def launch(self, grid, threads, params, stream=None):
+    def launch(self, grid, threads, params, stream=None, cooperative=False):
         self.library.launch(ctypes.byref(params), grid, threads, self.shared_bytes)
 
 
 def build(sources, defines, entry):
     """The shared library of one kernel, compiled once for its text and macros."""
-    text = [HEADER.read_text(), *(p.read_text() for p in sources if p.name != "cuda_machine.cuh")]
+    text = [HEADER.read_text(), *(p.read_text() for p in sources if not p.name.endswith("_machine.cuh"))]
     source = (
         "".join(f"#define {k} {v}\n" for k, v in defines.items())
         + "\n".join(text)

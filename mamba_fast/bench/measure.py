@@ -9,7 +9,7 @@ from mamba_fast.bench.case import as_tuple, type_name
 from mamba_fast.bench.checks import check
 from mamba_fast.bench.timing import device_ms, host_ms, limit_ms, peak_extra_bytes, speeds
 
-MOST_COPIES = 64
+MOST_COPIES = 1024
 
 
 def run(cases, device):

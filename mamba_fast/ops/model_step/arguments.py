@@ -1,0 +1,70 @@
+"""What a step takes: the weights of a model as a list of layers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_SEQUENCES = 8
+TYPES = (torch.float16, torch.bfloat16)
+
+
+class LayerWeights(NamedTuple):
+    """One layer, in the order of struct Layer in model_step.cu; E = d_model, D = d_inner."""
+
+    norm: Tensor  # (E,)
+    in_proj: Tensor  # (2 D, E)
+    conv: Tensor  # (D, K)
+    conv_bias: Tensor | None  # (D,)
+    x_proj: Tensor  # (R + 2 N, D)
+    dt_proj: Tensor  # (D, R)
+    dt_bias: Tensor  # (D,)
+    A_log: Tensor  # (D, N) float32
+    D: Tensor  # (D,) float32
+    out_proj: Tensor  # (E, D)
+
+
+class Weights(NamedTuple):
+    """A whole model; V is the padded vocabulary."""
+
+    layers: tuple  # of LayerWeights
+    embedding: Tensor  # (V, E)
+    norm_f: Tensor  # (E,)
+    head: Tensor  # (V, E)
+    eps: float
+
+    @property
+    def d_state(self):
+        return self.layers[0].A_log.shape[1]
+
+    @property
+    def dt_rank(self):
+        return self.layers[0].dt_proj.shape[1]
+
+
+def obstacle(weights, tokens, states):
+    """Why the one kernel cannot take this step, or None. Reads sizes, types and places, no values."""
+    batch, dtype = len(tokens), weights.head.dtype
+    if not 1 <= batch <= MOST_SEQUENCES:
+        return f"it takes 1 to {MOST_SEQUENCES} sequences, and there are {batch}"
+    if not weights.layers:
+        return "the model has no layer"
+    if dtype not in TYPES:
+        return f"the weights are {dtype}, not float16 or bfloat16"
+    d_model, sizes = weights.head.shape[1], (weights.dt_rank, weights.dt_rank + 2 * weights.d_state)
+    if any(size % 8 for size in (d_model, weights.layers[0].D.shape[0], *sizes)):
+        return "d_model, d_inner, dt_rank and dt_rank + 2 N have to be multiples of 8"
+    plain = [weights.embedding, weights.norm_f, weights.head]
+    single = []
+    for layer in weights.layers:
+        single += (layer.A_log, layer.D)
+        plain += (v for v in layer if v is not None and v is not layer.A_log and v is not layer.D)
+    kept = {v.dtype for pair in states for v in pair}
+    everything = [tokens, *plain, *single, *(v for pair in states for v in pair)]
+    if any(v.dtype != dtype for v in plain) or any(v.dtype != torch.float32 for v in single):
+        return "the weights have several types"
+    if len(kept) != 1 or not kept <= {dtype, torch.float32}:
+        return f"the states have the types {sorted(map(str, kept))} beside weights of {dtype}"
+    if any(not v.is_contiguous() or v.device != tokens.device for v in everything):
+        return "something is not contiguous, or on another device"
+    return "an address is no multiple of 16 bytes" if any(v.data_ptr() % 16 for v in plain) else None

@@ -1,0 +1,134 @@
+"""Launching the one kernel of a step: who is where in memory, and how much SRAM a block needs."""
+
+import ctypes
+import struct
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mamba_fast import nvrtc
+
+_FOLDER = Path(__file__).parent
+SOURCES = [
+    _FOLDER.parent / "selective_scan" / "cuda_machine.cuh",
+    _FOLDER / "step_machine.cuh",
+    _FOLDER / "step_product.cuh",
+    _FOLDER / "model_step.cu",
+]
+WORKERS = 480  # threads that compute; 32 more bring the weights
+GROUP = 96  # as in step_product.cuh
+FLIGHT = 4  # pieces of weights that a block has on their way at a time
+MOST_PIECE = 12288  # numbers of a piece, at most
+_IO = {torch.float16: 1, torch.bfloat16: 2}
+_PARAMS = struct.Struct("12qif")  # struct Params in model_step.cu
+_MOST_PLANS = 16
+_plans = OrderedDict()  # (addresses, sizes): the plan
+
+
+class Plan(NamedTuple):
+    """What stays the same from step to step, for these weights and states at these places."""
+
+    kernel: object
+    layers: torch.Tensor  # their addresses
+    scratch: list  # what blocks hand to each other
+    blocks: int
+
+
+def step(weights, tokens, states):
+    """logits (B, V) of tokens (B,) int64; states [(conv_state, ssm_state)] are changed in place.
+
+    None while a CUDA graph is being captured of a step that has not run before: its table of addresses
+    has to be on the device already.
+    """
+    plan = _plan(weights, tokens, states)
+    if plan is None:
+        return None
+    logits = weights.head.new_empty(len(tokens), len(weights.head))
+    given = (plan.layers, weights.embedding, weights.norm_f, weights.head, tokens, logits, *plan.scratch)
+    packed = _PARAMS.pack(*(v.data_ptr() for v in given), len(weights.head), weights.eps)
+    params = ctypes.create_string_buffer(packed, _PARAMS.size)
+    plan.kernel.launch(plan.blocks, WORKERS + 32, params, cooperative=True)
+    return logits
+
+
+def _plan(weights, tokens, states):
+    rows = [
+        [0 if v is None else v.data_ptr() for v in (*layer, *kept)]
+        for layer, kept in zip(weights.layers, states, strict=True)
+    ]
+    device, dtype, wide = tokens.device, weights.head.dtype, states[0][0].dtype == torch.float32
+    key = (len(tokens), dtype, wide, weights.d_state, device, *(p for row in rows for p in row))
+    plan = _plans.get(key)
+    if plan is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        while len(_plans) >= _MOST_PLANS:
+            _plans.popitem(last=False)
+        plan = _plans[key] = _new_plan(weights, len(tokens), states, rows, device)
+    return plan
+
+
+def _new_plan(weights, batch, states, rows, device):
+    d_inner, width = states[0][0].shape[1:]
+    macros = {
+        "IO": _IO[weights.head.dtype],
+        "WIDE_STATES": int(states[0][0].dtype == torch.float32),
+        "BATCH": batch,
+        "WORKERS": WORKERS,
+        "BLOCKS": _multiprocessors(device),
+        "LAYERS": len(rows),
+        "D_MODEL": weights.head.shape[1],
+        "D_INNER": d_inner,
+        "DT_RANK": weights.dt_rank,
+        "D_STATE": weights.d_state,
+        "WIDTH": width,
+        "PIECE": piece_of(weights.head.shape[1], d_inner),
+        "FLIGHT": FLIGHT,
+    }
+    ranks = batch * (weights.dt_rank + 2 * weights.d_state)
+    scratch = [
+        torch.empty(batch, macros["D_MODEL"], device=device),  # residual
+        torch.empty(macros["BLOCKS"], ranks, device=device),  # partial
+        torch.empty(ranks, device=device),  # ranks
+        weights.head.new_empty(batch, d_inner),  # y
+        *torch.zeros(2, 8, dtype=torch.int32, device=device),  # arrivals, start
+    ]
+    macros["RING"] = ring_for(macros, _shared_limit(device))
+    kernel = nvrtc.Kernel.load(SOURCES, macros, "model_step", shared_bytes(macros), device=device.index)
+    return Plan(kernel, torch.tensor(rows, device=device), scratch, macros["BLOCKS"])
+
+
+def piece_of(*columns):
+    """Numbers of a piece of the ring: 1, 2, 4 or 8 whole rows of either matrix."""
+    return max(k * max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * k <= MOST_PIECE) for k in columns)
+
+
+def ring_for(macros, limit):
+    """How many pieces of weights fit into the shared memory of a block beside everything else."""
+    none, one = (shared_bytes(macros | {"RING": count}) for count in (0, 1))
+    return (limit - none) // (one - none)
+
+
+def shared_bytes(macros):
+    """The size of struct Room in model_step.cu, and a few bytes more for its alignment."""
+    batch, blocks = macros["BATCH"], macros["BLOCKS"]
+    own = -(-macros["D_INNER"] // 4 // blocks) * 4
+    ranks = batch * (macros["DT_RANK"] + 2 * macros["D_STATE"])
+    readers = max(1, WORKERS // (ranks // 4))
+    floats = WORKERS // 32 * (GROUP * batch + 8) + own * batch + ranks + readers * ranks
+    piece = 2 * macros["PIECE"] + 2 * 8
+    return macros["RING"] * piece + macros["LAYERS"] * 12 * 8 + 4 * floats + 2 * 8 * -(-own // 16) * 16 + 64
+
+
+def _shared_limit(device):
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _multiprocessors(device):
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
