@@ -55,7 +55,7 @@ def draw(scores, uniform):
     probability = scores.softmax(-1)
     reached = probability.cumsum(-1, dtype=torch.float64)
     columns = torch.arange(scores.shape[-1], device=scores.device)
-    last = torch.where(probability > 0, columns, 0).amax(-1)  # what rounding may not step over
+    last = ((probability > 0) * columns).amax(-1)  # what rounding may not step over
     passed = reached <= uniform[:, None] * reached[..., -1:]
     return torch.minimum(passed.sum(-1), last)
 
