@@ -106,6 +106,13 @@ def test_a_notebook_shows_its_committed_outputs(site):
         assert [output for output in printed if output not in text] == [], path.name
 
 
+def test_every_table_is_read_as_one(site):
+    """A row that stands apart from its head is a paragraph that begins with a bar."""
+    texts = {page: page.read_text("utf-8") for page in site.rglob("*.html")}
+    assert sum(text.count("<table") for text in texts.values()) > 40
+    assert [page.name for page, text in texts.items() if re.search(r"<p>\s*\|", text)] == []
+
+
 def test_a_result_shows_its_figure_and_its_numbers(site):
     page = (site / "docs/results/scan-nvidia-h200.html").read_text("utf-8")
     rows = json.loads((ROOT / "docs/results/scan-nvidia-h200.json").read_text("utf-8"))["rows"]

@@ -12,6 +12,7 @@ nitpicky = True
 default_role = "literal"
 
 nb_execution_mode = "off"  # a page shows the outputs that were committed
+nb_render_markdown_format = "myst"  # outputs with tables and formulas
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 6
 
