@@ -89,5 +89,6 @@ def result(path):
     ]
     for name, value in facts.items():
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            text += [f"## {name.capitalize()}", readme.table(value)]
+            text += [f"## {name.capitalize()}", readme.table(value, path.stem.split("-")[0])]
+            text += [readme.BRACKETS] * readme.timed(value)
     return "\n\n".join([*text, f"All of it: [{path.name}]({path.name})"]) + "\n"

@@ -16,7 +16,7 @@ AXES = {
     "generation": ("batch", "prompt", "new tokens"),
     "model": ("batch", "length"),
 }
-BRACKETS = "In brackets: that kernel's time over ours."
+BRACKETS = "Times in ms; in brackets, that kernel's time over ours."
 TIMES = ("forward", "backward", "forward_backward", "time", "total", "prompt")  # ms; those that a table has
 OTHERS = {"token": "a token", "tokens_per_s": "tokens/s", "peak_bytes": "peak bytes"}
 
@@ -75,7 +75,9 @@ def _time(row, lead, kind):
         return ""
     time = row[kind]["median"]
     ratio = row["name"] != lead["name"] and kind in lead
-    return f"{time:.3f}" + f" ({time / lead[kind]['median']:.2f}x)" * ratio
+    return (
+        f"{time:.3f}" if time < 1e4 else f"{time:,.0f}"
+    ) + f" ({time / lead[kind]['median']:.2f}x)" * ratio
 
 
 def shown(value):
