@@ -21,16 +21,16 @@ def arguments(inputs, dtype, device):
     return normalise(u, delta, A, B, C, None, z, bias, True, None, None, None)
 
 
-def by_scans(inputs, dy):
-    """local, flow and total of a slice in float64, by the reference's loop: its last state, and gradients."""
-    given = {k: v.double() for k, v in inputs.items()}
-    start = torch.zeros(*given["u"].shape[:2], given["A"].shape[1], dtype=torch.float64, requires_grad=True)
+def by_scans(inputs, dy, dtype):
+    """A slice's local, total and flow by the reference's loop: a last state, and a gradient of the first."""
+    given = {k: v.to(dtype) for k, v in inputs.items()}
+    start = torch.zeros(*given["u"].shape[:2], given["A"].shape[1], dtype=dtype, requires_grad=True)
     y, local = selective_scan(
         **given, delta_softplus=True, return_last_state=True, initial_state=start
     )  # fmt: skip
-    (flow,) = torch.autograd.grad((y * dy.double()).sum(), start)
+    (flow,) = torch.autograd.grad((y * dy.to(dtype)).sum(), start)
     total = torch.nn.functional.softplus(given["delta"] + given["delta_bias"][:, None]).sum(-1)
-    return local.detach(), flow, total
+    return {"local": local.detach(), "total": total, "flow": flow, "total again": total}
 
 
 CASES = [
@@ -48,17 +48,13 @@ def test_the_summary_of_a_slice(backend, device, shape, B, C, dtype):
     inputs = {k: v if k in ("A", "delta_bias") or v.dim() == 2 else v.to(dtype) for k, v in inputs.items()}
     dy = torch.randn(shape[:3], generator=torch.Generator().manual_seed(2)).to(dtype)
 
-    def found(backend, device):
-        args = arguments(inputs, dtype, device)
-        given = args.A, args.B, None, args.delta_bias, False, backend
-        local, total = slices.summary(args.u, args.delta, *given)
-        given = args.A, args.C, args.z, args.delta_bias, True, backend
-        flow, again = slices.summary(dy.to(device), args.delta, *given)
-        return {"local": local, "total": total, "flow": flow, "total again": again}
-
-    got, plain = found(backend, device), found("torch", "cpu")
-    local, flow, total = by_scans(inputs, dy)
-    want = {"local": local, "total": total, "flow": flow, "total again": total}
+    args = arguments(inputs, dtype, device)
+    given = args.A, args.B, None, args.delta_bias, False, backend
+    local, total = slices.summary(args.u, args.delta, *given)
+    given = args.A, args.C, args.z, args.delta_bias, True, backend
+    flow, again = slices.summary(dy.to(device), args.delta, *given)
+    got = {"local": local, "total": total, "flow": flow, "total again": again}
+    want, plain = by_scans(inputs, dy, torch.float64), by_scans(inputs, dy, torch.float32)
     limits = bounds(plain, want)
     for name, value in want.items():
         assert value.abs().max() > 0
