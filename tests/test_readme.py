@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_fast.bench import readme
+from mamba_fast.bench import figure, readme
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -86,3 +86,21 @@ def test_another_result_makes_another_table(tmp_path):
     assert lines[4] == "| c (1, 2) | float32 | mine | 2.000 | 0.25 |  |"
     assert lines[9:12] == ["| batch | seconds |", "|---|---|", "| 8 | 0.3333 |"]
     assert page.read_text("utf-8").endswith(kept)
+
+
+@pytest.mark.parametrize("picture", sorted(RESULTS.glob("*.png")), ids=lambda path: path.stem)
+def test_a_figure_was_drawn_from_the_result_beside_it(picture, tmp_path):
+    """Else: python -m mamba_fast.bench readme."""
+    result = json.loads(picture.with_suffix(".json").read_text("utf-8"))
+    if result.get("bench") in figure.TITLES:
+        assert figure.source(result).encode() in picture.read_bytes()
+    other = result | {"date": "2000-01-01"}
+    assert figure.source(other).encode() not in picture.read_bytes()
+
+
+def test_the_command_draws_every_figure_of_a_bench(tmp_path):
+    for name in ("scan-nvidia-h200", "scan-cpu-2-threads"):
+        (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text("utf-8"), "utf-8")
+    (tmp_path / "induction.json").write_text('{"seeds": [1, 2, 3]}', "utf-8")
+    assert readme.redraw(tmp_path) == ["scan-nvidia-h200"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["scan-nvidia-h200.png"]

@@ -1,5 +1,7 @@
 """One figure for every result, drawn from its JSON alone. A kernel has one colour in all of them."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -45,8 +47,13 @@ def draw(result, path):
         figure = kinds.get(result["bench"], _limits)(plt, result)
         title = f"{TITLES[result['bench']]}. {result['device']}, {result['date']}"
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Source": source(result)})
         plt.close(figure)
+
+
+def source(result):
+    """What a figure says of the result it was drawn from, in its PNG file: a digest of the result."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def _limits(plt, result):

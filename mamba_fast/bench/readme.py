@@ -1,13 +1,14 @@
 """Tables of committed results, in README.md between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 ``python -m mamba_fast.bench readme`` writes them again from docs/results/NAME.json, for each NAME that has
-such a file.
+such a file, and draws the figures beside these files again.
 """
 
 import json
 import re
 from pathlib import Path
 
+from mamba_fast.bench import figure
 from mamba_fast.bench.report import leads
 
 # What a case's label says of its shape; elsewhere it has all of it.
@@ -41,8 +42,21 @@ def rewrite(page, results):
 
 def main():
     root = Path(__file__).parents[2]
-    names = rewrite(root / "README.md", root / "docs" / "results")
+    results = root / "docs" / "results"
+    names = rewrite(root / "README.md", results)
     print(f"README.md: {', '.join(names)}")
+    print(f"figures: {', '.join(redraw(results))}")
+
+
+def redraw(results):
+    """Draw the figure of every result of a bench in the folder `results`; their names."""
+    found = []
+    for file in sorted(results.glob("*.json")):
+        result = json.loads(file.read_text("utf-8"))
+        if result.get("bench") in figure.TITLES:
+            figure.draw(result, file.with_suffix(".png"))
+            found.append(file.stem)
+    return found
 
 
 def table(rows, bench=None):
