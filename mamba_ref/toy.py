@@ -15,6 +15,7 @@ Marked and unmarked values have the same size, so only the mark tells them apart
 - 03 One operator, three algorithms. The 12 x 12 map from x to y: Toeplitz for the integrator of
   00, not for the selective one of 02; then the same y by scans of depth 4.
 - 04 From loop to kernel. `scan_inputs()` is the smallest call of every rung of the ladder.
+- 06 Convolution, gate, norm. The strip through four taps: a sum, a band, a shift register.
 - 10 Watching the state. delta, decay, state and influence matrix of the selective integrator,
   where the right picture is known in advance.
 """
