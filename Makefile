@@ -1,6 +1,6 @@
 # Every target makes .venv when it is missing or older than what it is made from, and then does its work.
 PYTHON ?= python3
-EXTRAS := cpu,triton,cuda,hf,eval,docs,notebooks,dev
+EXTRAS := cpu,triton,cuda,hf,train,eval,docs,notebooks,dev
 RUN := .venv/bin/python -m
 INSTALLED := .venv/.installed
 
