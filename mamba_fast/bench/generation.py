@@ -99,6 +99,9 @@ def rows_of(options, device, dtype, machine):
             input_ids = prompt_of(options, name, first.vocab, batch, prompt, device)
             facts = {"case": name, "shape": (batch, input_ids.shape[1], new), "dtype": type_name(dtype)}
             checked = agreement(rivals, input_ids, new, name)
+            if options.prompt is not None:
+                text = first.generate(input_ids[:1], new, sampling_of(options))[0]
+                print(tokenizer_of(name).decode(text, skip_special_tokens=True))
             timed = times(rivals, input_ids, new, options, machine)
             for rival in rivals:
                 row = facts | {"name": rival.name, "role": rival.role}
@@ -114,8 +117,12 @@ def prompt_of(options, name, vocab, batch, seqlen, device):
     if options.prompt is None:
         most = min(1000, vocab)  # as in the published script
         return torch.randint(1, most, (batch, seqlen), generator=generator_of(0, device), device=device)
-    tokenizer = load_tokenizer(name if "pythia" in name else TOKENIZER)
-    return tokenizer(options.prompt, return_tensors="pt").input_ids.to(device).expand(batch, -1)
+    return tokenizer_of(name)(options.prompt, return_tensors="pt").input_ids.to(device).expand(batch, -1)
+
+
+def tokenizer_of(name):
+    """That of the published models; a Pythia has its own, but for a random one."""
+    return load_tokenizer(name if "/pythia" in name else TOKENIZER)
 
 
 def agreement(rivals, input_ids, new, name):

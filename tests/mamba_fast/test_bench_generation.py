@@ -105,15 +105,23 @@ def test_a_token_moves_weights_and_states(size, monkeypatch):
     assert model.token_bytes(128, 1) == 2 * weights + 2 * single + 2 * 128 * states
 
 
-def test_a_prompt_of_text(monkeypatch):
+def test_a_prompt_of_text_is_continued_and_shown(tmp_path, monkeypatch, capsys):
     class Words:
         def __call__(self, text, return_tensors):
             return type("Batch", (), {"input_ids": torch.tensor([[len(w) for w in text.split()]])})
 
+        def decode(self, tokens, skip_special_tokens):
+            return " ".join("x" * token for token in tokens.tolist())
+
     monkeypatch.setattr(generation, "load_tokenizer", {generation.TOKENIZER: Words()}.get)
-    options = generation.parse(["--prompt", "some words here"])
-    ids = generation.prompt_of(options, "random:mamba-8x1", 61, 2, 100, CPU)
-    assert ids.tolist() == [[4, 5, 4]] * 2
+    out = tmp_path / "result.json"
+    command = ["generation", "--model-name", "random:mamba-8x1", "--prompt", "some words here"]
+    bench.main([*command, *TINY.split(), "--batch", "2", "--device", "cpu", "--out", str(out)])
+    (row,) = json.loads(out.read_text("utf-8"))["rows"]
+    assert row["shape"] == [2, 3, 4]
+    said = capsys.readouterr().out
+    assert said.startswith("xxxx xxxxx xxxx ")
+    assert len(said.splitlines()[0].split(" ")) == 3 + 4
 
 
 @pytest.mark.parametrize(
