@@ -24,7 +24,7 @@ def outcome(call, model, ids, **options):
     """Logits and every gradient of a sum of them."""
     logits = call(ids, **options).logits
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    return [logits, *torch.autograd.grad((logits * weight.to(logits.dtype)).sum(), list(model.parameters()))]
+    return [logits, *torch.autograd.grad((logits * weight.to(logits)).sum(), list(model.parameters()))]
 
 
 def test_gradients_are_those_of_the_reference(backend, device):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 MOST_SEQUENCES = 8
+MOST_CHANNELS = 16384  # of all sequences: with more, op by op is faster
+WIDEST = 12288  # channels: eight rows of out_proj have to fit into the shared memory of a block
 TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -51,8 +53,10 @@ def obstacle(weights, tokens, states):
         return "the model has no layer"
     if dtype not in TYPES:
         return f"the weights are {dtype}, not float16 or bfloat16"
-    d_model, sizes = weights.head.shape[1], (weights.dt_rank, weights.dt_rank + 2 * weights.d_state)
-    if any(size % 8 for size in (d_model, weights.layers[0].D.shape[0], *sizes)):
+    d_model, d_inner = weights.head.shape[1], weights.layers[0].D.shape[0]
+    if batch * d_inner > MOST_CHANNELS or d_inner > WIDEST:
+        return f"it is slower for {batch} x {d_inner} channels"
+    if any(size % 8 for size in (d_model, d_inner, weights.dt_rank, weights.dt_rank + 2 * weights.d_state)):
         return "d_model, d_inner, dt_rank and dt_rank + 2 N have to be multiples of 8"
     plain = [weights.embedding, weights.norm_f, weights.head]
     single = []

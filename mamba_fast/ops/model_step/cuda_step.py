@@ -15,11 +15,12 @@ SOURCES = [
     _FOLDER.parent / "selective_scan" / "cuda_machine.cuh",
     _FOLDER / "step_machine.cuh",
     _FOLDER / "step_product.cuh",
+    _FOLDER / "step_layer.cuh",
     _FOLDER / "model_step.cu",
 ]
 WORKERS = 480  # threads that compute; 32 more bring the weights
 GROUP = 96  # as in step_product.cuh
-FLIGHT = 4  # pieces of weights that a block has on their way at a time
+FLIGHT = 3  # pieces of weights that a block has on their way at a time
 MOST_PIECE = 12288  # numbers of a piece, at most
 _IO = {torch.float16: 1, torch.bfloat16: 2}
 _PARAMS = struct.Struct("12qif")  # struct Params in model_step.cu
@@ -39,8 +40,9 @@ class Plan(NamedTuple):
 def step(weights, tokens, states):
     """logits (B, V) of tokens (B,) int64; states [(conv_state, ssm_state)] are changed in place.
 
-    None while a CUDA graph is being captured of a step that has not run before: its table of addresses
-    has to be on the device already.
+    None where the weights of eight rows do not fit into the shared memory of a block; and while a CUDA
+    graph is being captured of a step that has not run before, whose table of addresses has to be on the
+    device already.
     """
     plan = _plan(weights, tokens, states)
     if plan is None:
@@ -71,44 +73,57 @@ def _plan(weights, tokens, states):
 
 
 def _new_plan(weights, batch, states, rows, device):
-    d_inner, width = states[0][0].shape[1:]
-    macros = {
-        "IO": _IO[weights.head.dtype],
-        "WIDE_STATES": int(states[0][0].dtype == torch.float32),
-        "BATCH": batch,
-        "WORKERS": WORKERS,
-        "BLOCKS": _multiprocessors(device),
-        "LAYERS": len(rows),
-        "D_MODEL": weights.head.shape[1],
-        "D_INNER": d_inner,
-        "DT_RANK": weights.dt_rank,
-        "D_STATE": weights.d_state,
-        "WIDTH": width,
-        "PIECE": piece_of(weights.head.shape[1], d_inner),
-        "FLIGHT": FLIGHT,
-    }
+    wide = states[0][0].dtype == torch.float32
+    macros = macros_for(weights, batch, states[0][0].shape[2], wide, _multiprocessors(device))
+    macros["RING"] = ring_for(macros, _shared_limit(device))
+    if not fits(macros):
+        return None
     ranks = batch * (weights.dt_rank + 2 * weights.d_state)
     scratch = [
         torch.empty(batch, macros["D_MODEL"], device=device),  # residual
         torch.empty(macros["BLOCKS"], ranks, device=device),  # partial
         torch.empty(ranks, device=device),  # ranks
-        weights.head.new_empty(batch, d_inner),  # y
+        weights.head.new_empty(batch, macros["D_INNER"]),  # y
         *torch.zeros(2, 8, dtype=torch.int32, device=device),  # arrivals, start
     ]
-    macros["RING"] = ring_for(macros, _shared_limit(device))
     kernel = nvrtc.Kernel.load(SOURCES, macros, "model_step", shared_bytes(macros), device=device.index)
     return Plan(kernel, torch.tensor(rows, device=device), scratch, macros["BLOCKS"])
 
 
-def piece_of(*columns):
-    """Numbers of a piece of the ring: 1, 2, 4 or 8 whole rows of either matrix."""
-    return max(k * max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * k <= MOST_PIECE) for k in columns)
+def macros_for(weights, batch, width, wide_states, blocks):
+    """What the kernel is compiled for, without RING."""
+    d_inner = len(weights.layers[0].D)
+    return {
+        "IO": _IO[weights.head.dtype],
+        "WIDE_STATES": int(wide_states),
+        "BATCH": batch,
+        "WORKERS": WORKERS,
+        "BLOCKS": blocks,
+        "LAYERS": len(weights.layers),
+        "D_MODEL": weights.head.shape[1],
+        "D_INNER": d_inner,
+        "DT_RANK": weights.dt_rank,
+        "D_STATE": weights.d_state,
+        "WIDTH": width,
+        "PIECE": max(k * _rows_a_piece(k) for k in (weights.head.shape[1], d_inner)),
+        "FLIGHT": FLIGHT,
+    }
+
+
+def _rows_a_piece(columns):
+    """Rows that come as one piece of the ring, as in step_product.cuh."""
+    return max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * columns <= MOST_PIECE)
 
 
 def ring_for(macros, limit):
     """How many pieces of weights fit into the shared memory of a block beside everything else."""
     none, one = (shared_bytes(macros | {"RING": count}) for count in (0, 1))
     return (limit - none) // (one - none)
+
+
+def fits(macros):
+    """Whether the ring holds eight rows of out_proj, and all pieces that are on their way."""
+    return macros["RING"] >= max(FLIGHT, 8 // _rows_a_piece(macros["D_INNER"]))
 
 
 def shared_bytes(macros):
