@@ -8,6 +8,7 @@ import torch
 from mamba_fast.inference import InferenceParams
 from mamba_fast.ops.next_token import Slots, greedy_token, record
 from mamba_fast.ops.next_token.torch_next import penalise
+from mamba_fast.prompt_graphs import PromptGraphs
 from mamba_fast.sampling import sample
 
 RING = 128  # tokens that a decoder takes and gives before the host looks after it
@@ -46,6 +47,7 @@ class Decoder:
     def __init__(self, model, batch, recipe, states):
         weight = model.lm_head.weight
         self.recipe, self.graph, self.logits = recipe, None, None
+        self.prompts = self.pool = None  # of a captured one: graphs that read a prompt, and their memory
         self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
 
         def zeros(*shape, dtype=torch.long):
@@ -132,13 +134,14 @@ class Graphs:
     """
 
     def __init__(self):
-        self.made_for, self.rows, self.states, self.pool, self.decoders = None, 0, None, None, {}
+        self.made_for, self.rows, self.states, self.pool = None, 0, None, None
+        self.decoders, self.prompts = {}, {}
 
     def decoder(self, model, batch, recipe):
         made_for = _placement(model)
         if made_for != self.made_for or batch > self.rows:
             self.states = self.pool = None
-            self.decoders.clear()
+            self.decoders.clear(), self.prompts.clear()
             self.made_for, self.rows = made_for, batch
             self.states = model.allocate_inference_cache(batch, 0)
             self.pool = torch.cuda.graph_pool_handle()
@@ -148,6 +151,8 @@ class Graphs:
                 del self.decoders[next(iter(self.decoders))]
             found = Decoder(model, batch, recipe, self.states)
             found.capture(model, self.pool)
+            found.prompts = self.prompts.setdefault(batch, PromptGraphs(batch, self.states))
+            found.pool = self.pool
         self.decoders[batch, recipe] = found  # the last one is the one used last
         return found
 

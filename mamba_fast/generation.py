@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_fast import prompt_graphs
 from mamba_fast.decoding import RING, Decoder, Recipe, captured_decoder
 from mamba_fast.sampling import check_sampling
 
@@ -66,7 +67,8 @@ def decode(
         row then ends by eos only when all do at once.
     vocab_size : use the first so many logits; None: all, those of the padded vocabulary too
     cg : take every step as one CUDA graph, captured once for a batch size and kinds of filters, and kept
-        with the states; on a CPU without effect
+        with the states; a prompt too, padded to one of a few lengths, unless it keeps the GPU busy by
+        itself or prefill_chunk is given. On a CPU without effect.
     enable_timing : print the time of prompt and decoding
     output_scores : keep the raw logits of every new token, before penalty and filters
     streamer : its `put` gets the prompt, then the tokens (B, 1) of every step, on the CPU; then `end`
@@ -183,7 +185,10 @@ def _prefill(model, input_ids, attention_mask, decoder, chunk):
     """Logits (B, V) behind the prompt; the states and what is seen of it stay in the decoder."""
     params, seqlen = decoder.params, input_ids.shape[1]
     params.reset(seqlen, len(input_ids))
-    for start in range(0, seqlen, chunk or seqlen):
+    if decoder.prompts is not None and chunk is None and prompt_graphs.fits(*input_ids.shape):
+        logits = decoder.prompts.read(model, input_ids, attention_mask, decoder.pool)
+        params.seqlen_offset = seqlen
+    for start in range(params.seqlen_offset, seqlen, chunk or seqlen):
         part = slice(start, start + (chunk or seqlen))
         mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, part]}
         ids = input_ids[:, part]

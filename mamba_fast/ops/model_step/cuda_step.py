@@ -26,6 +26,7 @@ _IO = {torch.float16: 1, torch.bfloat16: 2}
 _PARAMS = struct.Struct("12qif")  # struct Params in model_step.cu
 _MOST_PLANS = 16
 _plans = OrderedDict()  # (addresses, sizes): the plan
+_captured = {}  # those that a CUDA graph reads: kept for the life of the process, as it has their addresses
 
 
 class Plan(NamedTuple):
@@ -62,10 +63,12 @@ def _plan(weights, tokens, states):
     ]
     device, dtype, wide = tokens.device, weights.head.dtype, states[0][0].dtype == torch.float32
     key = (len(tokens), dtype, wide, weights.d_state, device, *(p for row in rows for p in row))
-    plan = _plans.get(key)
+    plan = _captured.get(key) or _plans.get(key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if plan is not None:
+            _captured[key] = plan
+        return plan
     if plan is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
         while len(_plans) >= _MOST_PLANS:
             _plans.popitem(last=False)
         plan = _plans[key] = _new_plan(weights, len(tokens), states, rows, device)

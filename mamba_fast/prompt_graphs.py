@@ -1,0 +1,77 @@
+"""Prompts as CUDA graphs: a short prompt costs its host more than its GPU, and a graph spares the host.
+
+A graph has one length. So prompts are padded on the left up to the next of a few lengths, which by the rules
+of attention_mask changes nothing; what is longer than the longest is read piece by piece.
+"""
+
+import torch
+
+from mamba_fast.inference import InferenceParams
+
+LENGTHS = (64, 128, 256, 512, 1024)
+MOST_TOKENS = 32768  # of all rows in a piece: with more, the GPU is busy and the host is not in its way
+
+
+def fits(batch, seqlen):
+    """Whether a prompt of (batch, seqlen) is better read by graphs."""
+    return batch * _length(seqlen) <= MOST_TOKENS
+
+
+def _length(seqlen):
+    return next((n for n in LENGTHS if n >= seqlen), LENGTHS[-1])
+
+
+class PromptGraphs:
+    """Reads prompts of `batch` rows into `states`, which allocate_inference_cache made for at least as many."""
+
+    def __init__(self, batch, states):
+        self.batch, self.pieces = batch, {}
+        self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
+
+    def read(self, model, input_ids, attention_mask, pool):
+        """Logits (B, V) behind input_ids (B, L), from zero states; overwritten by the next prompt."""
+        states = [v[: self.batch] for pair in self.params.key_value_memory_dict.values() for v in pair]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        first = -input_ids.shape[1] % _length(input_ids.shape[1])  # tokens of padding before the first piece
+        input_ids, mask = (torch.nn.functional.pad(v, (first, 0)) for v in (input_ids, mask))
+        length = _length(input_ids.shape[1])
+        if length not in self.pieces:
+            self.pieces[length] = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
+        torch._foreach_zero_(states)
+        for ids, real in zip(input_ids.split(length, 1), mask.split(length, 1), strict=True):
+            logits = self.pieces[length](model, ids, real)
+        return logits
+
+
+class _Piece:
+    """`length` tokens of every row behind what the states have seen, as a graph on a GPU."""
+
+    def __init__(self, model, params, batch, length, device, pool):
+        self.params, self.graph = params, None
+        self.ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+        self.mask = torch.ones_like(self.ids)
+        if device.type == "cuda":
+            self._capture(model, pool)
+
+    def __call__(self, model, ids, mask):
+        self.ids.copy_(ids), self.mask.copy_(mask)
+        if self.graph is None:
+            self._run(model)
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def _run(self, model):
+        out = model(self.ids, inference_params=self.params, num_last_tokens=1, attention_mask=self.mask)
+        self.logits = out.logits[:, -1]
+
+    def _capture(self, model, pool):
+        device = self.ids.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # kernels are compiled and libraries made ready before the capture
+            self._run(model)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            self._run(model)
