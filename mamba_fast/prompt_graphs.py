@@ -22,7 +22,7 @@ def _length(seqlen):
 
 
 class PromptGraphs:
-    """Reads prompts of `batch` rows into `states`, which allocate_inference_cache made for at least as many."""
+    """Reads prompts of `batch` rows into `states`, made by allocate_inference_cache for at least B rows."""
 
     def __init__(self, batch, states):
         self.batch, self.pieces = batch, {}
