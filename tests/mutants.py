@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_cuda import ROWS
+from mutants_loss import ROWS as LOSS_ROWS
 from mutants_model import ROWS as MODEL_ROWS
 
 SCAN = "mamba_fast/ops/selective_scan/"
@@ -303,9 +304,10 @@ BLOCK = (
            INNERS + "test_a_level_keeps_what_it_says[numba]"),
 )  # fmt: skip
 
-CUDA, MODEL = (tuple(Mutant(*row) for row in rows) for rows in (ROWS, MODEL_ROWS))
+CUDA, MODEL, LOSS = (tuple(Mutant(*row) for row in rows) for rows in (ROWS, MODEL_ROWS, LOSS_ROWS))
 MUTANTS = (
-    *NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *MODEL, *REFERENCE,
+    *NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *MODEL, *LOSS,
+    *REFERENCE,
 )  # fmt: skip
 
 

@@ -38,8 +38,9 @@ def test_every_size(room, device, leading, width, columns, reduction, small_chun
     check_loss(inputs, room, reduction=reduction)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("vocab_size", [None, 33, 20, 1])
+@pytest.mark.parametrize(
+    "vocab_size, bias", [(None, True), (None, False), (33, True), (20, False), (1, True)]
+)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.float16])
 def test_every_option(room, device, dtype, vocab_size, bias, small_chunks):
     inputs = inputs_of((2, 11), 9, 33, 2, dtype, bias, device=device)
@@ -74,6 +75,14 @@ def test_autocast_decides_the_type_of_the_products(room, device, reduction, smal
     inputs = inputs_of((2, 20), 9, 33, 4, device=device)
     inputs["hidden_states"] = inputs["hidden_states"].to(HALF)  # what the layer below gives
     check_loss(inputs, room, lambda: torch.autocast(device, HALF), reduction=reduction)
+
+
+def test_autocast_gives_what_half_arguments_give(room, device):
+    inputs = inputs_of((20,), 9, 33, 4, device=device)
+    half = {k: v.to(HALF) if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.autocast(device, HALF):
+        loss = linear_cross_entropy_fn(**inputs, backend=room)
+    assert torch.equal(loss, linear_cross_entropy_fn(**half, backend=room))
 
 
 def test_padding_has_no_gradient_and_no_probability(room, device):
