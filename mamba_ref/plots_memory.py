@@ -54,15 +54,18 @@ def traffic_rows(by_tensor, count):
     return [*rows, ("A, D,\nbias, h", "0.45", *(size / count for size in rest))]
 
 
-def memory_map(ax, traffic, registers, sram, title="who holds what; bytes per (b, d, t)"):
+def memory_map(
+    ax, traffic, registers, sram, title="who holds what; bytes per (b, d, t)", owner="of one program"
+):
     """Who holds what: three levels of memory, and between them arrows with the bytes that travel.
 
     traffic: list of (label, colour, bytes read, bytes written) for the tensors in HBM, left to right.
-    registers: list of (label, colour, rows, columns), one cell a number; sram: what that level holds.
+    registers: list of (label, colour, rows, columns), one cell a number, in the registers of `owner`.
+    sram: what that level holds.
     """
     ax.set(xlim=(-2.6, 10), ylim=(0, 10), title=title)
     ax.axis("off")
-    held = {"registers": "of one program", "SRAM": sram, "HBM": "of the device"}
+    held = {"registers": owner, "SRAM": sram, "HBM": "of the device"}
     for name, (bottom, height, shade) in LEVELS.items():
         ax.add_patch(Rectangle((0, bottom), 10, height, color=shade, lw=0, zorder=0))
         ax.text(-0.2, bottom + height / 2, name, ha="right", va="bottom", fontsize=9, weight="bold")

@@ -1,4 +1,4 @@
-"""Ask the compiler who holds what: registers, spills and SRAM of every kernel of the ladder, no GPU needed.
+"""Ask the compiler who holds what: registers, spills, SRAM and the inner loop of every rung, no GPU needed.
 
     python -m mamba_fast.ladder.compiled 80 90 100
 
@@ -8,13 +8,11 @@ prints one JSON object a line. Triton must not be in interpreter mode: unset TRI
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from itertools import product
-from pathlib import Path
 
 from mamba_fast import ladder
+from mamba_fast.ladder import machine_code
 
 FLAGS = {"SOFTPLUS": (True,), "OUTPUTS": (False, True)}
 HALF = (
@@ -38,7 +36,7 @@ def kernels(rung):
 
 
 def resources(rung, kernel, constants, capability):
-    """Compile one kernel: registers and bytes spilled per thread, bytes of SRAM per program."""
+    """Compile one kernel: registers and bytes spilled a thread, bytes of SRAM a program, its inner loop."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -53,15 +51,11 @@ def resources(rung, kernel, constants, capability):
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": getattr(ladder, rung).NUM_WARPS},
     )
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = machine_code.cuobjdump(built.asm["cubin"], "--dump-resource-usage")
     usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
     spilled = usage["LOCAL"] + usage["STACK"]
-    return {"registers": usage["REG"], "spilled": spilled, "sram": built.metadata.shared}
+    loop = machine_code.loop(built.asm["cubin"])
+    return {"registers": usage["REG"], "spilled": spilled, "sram": built.metadata.shared, "loop": loop}
 
 
 if __name__ == "__main__":

@@ -241,6 +241,10 @@ def test_kernels_compile_for_real_gpus_and_keep_the_state_in_registers():
     kernels += [("k4", "chunk_kernel", False), ("k4", "carry_kernel", None), ("k4", "chunk_kernel", True)]
     assert seen == {(*kernel, arch) for kernel in kernels for arch in (80, 90, 100)}
     assert all(r["spilled"] == 0 for r in rows), rows
+    loops = [r["loop"] for r in rows if r["rung"] == "k3"]
+    updates = ladder.k3.BLOCK_D * ladder.k3.BLOCK_L // (32 * ladder.k3.NUM_WARPS)  # of a thread, for one n
+    assert [loop["exponentials"] for loop in loops] == [updates] * 3
+    assert all(r["loop"] is None for r in rows if r["kernel"] == "carry_kernel")
 
 
 def test_the_package_imports_without_triton_and_says_what_is_missing():
