@@ -1,4 +1,4 @@
-"""Pictures of a language model: what it learns, how much context helps, what sampling cuts, what it keeps."""
+"""Pictures of a language model: what it learns, what a lost past costs, what sampling cuts, what it keeps."""
 
 import numpy as np
 
@@ -32,12 +32,20 @@ def scores(ax, found):
     ax.grid(axis="y", visible=False)
 
 
-def context(ax, edges, curve, carried):
-    """Bits per byte by how many bytes were seen before, between `edges`; a line for states carried on."""
-    ax.stairs(curve, edges, color=COLORS["h"], lw=2.5, baseline=None)
-    ax.axhline(carried, color=COLORS["reference"], ls=":", lw=1.3)
-    ax.text(edges[-1], carried, "states carried on", va="bottom", ha="right")
-    ax.set(xscale="log", xlabel="bytes seen since the empty state", ylabel="bits per byte")
+def context(ax, edges, cost, reach):
+    """What an empty start costs, in bits per byte, by bytes seen since then: cost of each bin of `edges`.
+
+    reach: how many bytes a table looks back, marked by a line.
+    """
+    ax.stairs(cost, edges, color=COLORS["h"], lw=2.5, baseline=None)
+    ax.axvline(reach, color=COLORS["other"], lw=1)
+    ax.text(1.05 * reach, 1.5, f"a table sees {reach} bytes", color=COLORS["other"], va="center")
+    ax.axhline(0, color=COLORS["reference"], lw=0.8)
+    ax.set(xscale="log", xlabel="bytes seen since the empty state", ylabel="bits lost by it")
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set_ylim(-0.006, 4)
+    ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    ax.minorticks_off()
 
 
 def knobs(axes, cut, rows):

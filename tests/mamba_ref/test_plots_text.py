@@ -43,11 +43,12 @@ def test_scores_are_bars_in_order(axes):
 
 def test_context_has_a_stair_between_edges(axes):
     ax = axes[0, 0]
-    plots_text.context(ax, np.array([1, 3, 9, 20]), np.array([4.0, 3.0, 2.0]), 1.8)
+    plots_text.context(ax, np.array([1, 3, 9, 20]), np.array([1.5, 0.2, -0.001]), 5)
     values, edges, _ = ax.patches[0].get_data()
-    assert (values.tolist(), edges.tolist()) == ([4, 3, 2], [1, 3, 9, 20])
-    assert ax.lines[0].get_ydata()[0] == 1.8
-    assert ax.get_xscale() == "log"
+    assert (values.tolist(), edges.tolist()) == ([1.5, 0.2, -0.001], [1, 3, 9, 20])
+    assert ax.lines[0].get_xdata()[0] == 5
+    assert texts(ax) == ["a table sees 5 bytes"]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "symlog")
 
 
 def test_knobs_show_the_likeliest_bytes_and_what_was_cut(axes):
