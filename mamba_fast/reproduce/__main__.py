@@ -45,11 +45,13 @@ def parse(arguments):
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the training runs")
     parser.add_argument("--minutes", type=float, help="a training run ends after so many, at the latest")
+    parser.add_argument("--batch", type=int, nargs="+", help="figure8: batch sizes of the right panel")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the result")
     parser.add_argument("--work", type=Path, default=Path("out/reproduce"), help="folder of training runs")
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or SEEDS.get(options.name, [0])
     options.minutes = options.minutes or MINUTES.get(options.name)
+    options.batch = options.batch or ([1, 2] if options.quick else [2**k for k in range(8)])
     options.work /= "quick" if options.quick else "full"
     return options
 

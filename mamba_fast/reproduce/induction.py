@@ -44,8 +44,10 @@ def run(options):
             "lowest accuracy": report.percent(min(scores.values())),
         })  # fmt: skip
         kept = lines[:: -(-len(lines) // SHOWN)]
-        history += [{"seed": seed, "minutes": x["seconds"] / 60, "accuracy": report.percent(x["validation_accuracy"])}
-                    for x in kept]  # fmt: skip
+        history += [
+            {"seed": seed, "minutes": x["seconds"] / 60, "accuracy": report.percent(x["validation_accuracy"])}
+            for x in kept
+        ]
     rows = [
         {"length": n, "sequences": rows_at(n, options.quick), "paper": None if options.quick else 100}
         | {name: report.percent(scores[n]) for name, scores in found.items()}

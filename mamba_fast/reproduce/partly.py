@@ -53,7 +53,7 @@ class PartlySelective(Mamba):
         return narrow(self.out_proj, y)
 
     def parameters_of(self, u):
-        """delta (B, D, L) before bias and softplus, B and C, (B, N, L) or constant (D, N), for u (B, D, L)."""
+        """For u (B, D, L): delta (B, D, L) before bias and softplus; B, C (B, N, L) or constant (D, N)."""
         chosen = {}
         if self.rows:
             found = project(self.x_proj, u).split(list(self.rows.values()), dim=1)
@@ -64,7 +64,7 @@ class PartlySelective(Mamba):
 
 
 def partly_selective_model(config, selective, device=None):
-    """The language model of a :class:`MambaConfig` with :class:`PartlySelective` blocks, initialised as it."""
+    """The language model of a MambaConfig with :class:`PartlySelective` blocks, initialised alike."""
     model = MambaLMHeadModel(config, device=device)
     for i, layer in enumerate(model.backbone.layers):
         options = {k: v for k, v in config.ssm_cfg.items() if k != "layer"}
