@@ -16,7 +16,7 @@ def check_sampling(top_k, top_p, min_p, temperature, repetition_penalty):
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-    if not 0 < temperature < math.inf:
+    if top_k != 1 and not 0 < temperature < math.inf:  # the greedy token does not depend on it
         raise ValueError(f"temperature: expected a positive number (top_k=1 is greedy), got {temperature!r}")
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty: expected a positive number, got {repetition_penalty!r}")

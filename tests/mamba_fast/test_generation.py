@@ -280,7 +280,7 @@ IDS = token_ids(32, 2, 3)
         (IDS, dict(attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]])), ValueError, "padding on the left"),
         (IDS, dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), ValueError, "padding on the left"),
         (IDS, dict(top_k=0, seed=1, generator=torch.Generator()), ValueError, "seed: expected None beside"),
-        (IDS, dict(temperature=0), ValueError, "temperature: expected a positive number"),
+        (IDS, dict(top_k=5, temperature=0), ValueError, "temperature: expected a positive number"),
     ],
 )
 def test_misuse_is_named(ids, options, error, message):

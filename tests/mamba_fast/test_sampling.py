@@ -144,7 +144,7 @@ def test_penalty():
     ],
 )
 def test_a_number_out_of_range_is_named(name, value, expected):
-    right = dict(top_k=1, top_p=0.0, min_p=0.0, temperature=1.0, repetition_penalty=1.0)
+    right = dict(top_k=5, top_p=0.0, min_p=0.0, temperature=1.0, repetition_penalty=1.0)
     check_sampling(**right)
     with pytest.raises(ValueError, match=f"{name}: expected an? .*{expected.removeprefix('a ')}"):
         check_sampling(**(right | {name: value}))
