@@ -21,8 +21,9 @@ def section(name):
     return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.DOTALL)[1]
 
 
-def test_the_example_prints_what_the_page_says():
-    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", section("example"), re.DOTALL)
+@pytest.mark.parametrize("name", ["example", "model example"])
+def test_the_example_prints_what_the_page_says(name):
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", section(name), re.DOTALL)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})
