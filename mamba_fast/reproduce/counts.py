@@ -10,6 +10,7 @@ from mamba_fast.reproduce.partly import ALL, partly_selective_model
 from mamba_fast.train import load_config
 
 TITLE = "Parameter counts of tables 9 and 10"
+LAYERS = 48
 VOCABULARY = 50257  # of the GPT-2 tokenizer, padded to 50264
 TABLE_9 = {None: 358.9, 1: 359.1, 2: 359.3, 4: 359.7, 8: 360.5, 16: 362.1, 32: 365.2, 64: 371.5}
 TABLE_10 = {1: 367.1, 2: 367.4, 4: 368.0, 8: 369.1, 16: 371.5}
@@ -21,16 +22,16 @@ def run(options):
     rows = []
     for rank, paper in TABLE_9.items():
         selective = ALL if rank else ("B", "C")
-        model = ablation(selective, dt_rank=rank or 64, d_state=16)
+        count = size(ablation(selective, dt_rank=rank or 64, d_state=16), LAYERS)
         what = f"Δ of rank {rank}" if rank else "Δ constant"
-        rows.append(row("9", what, model, f"{paper:.1f}M", dt_rank=rank))
+        rows.append(row("9", what, count, f"{paper:.1f}M", dt_rank=rank))
     for d_state, paper in TABLE_10.items():
         for kind, selective in (("selective", ALL), ("constant", ("delta",))):
-            model, what = ablation(selective, 64, d_state), f"N = {d_state}, B and C {kind}"
-            rows.append(row("10", what, model, f"{paper:.1f}M", d_state=d_state))
+            count, what = size(ablation(selective, 64, d_state), LAYERS), f"N = {d_state}, B and C {kind}"
+            rows.append(row("10", what, count, f"{paper:.1f}M", d_state=d_state))
     for task, (table, what, paper) in TASKS.items():
         config = MambaConfig(**{"vocab_size": 16} | load_config(task).model)
-        rows.append(row(table, what, MambaLMHeadModel(config, device="meta"), paper))
+        rows.append(row(table, what, size(MambaLMHeadModel(config, device="meta")), paper))
     compared = [r for r in rows if r["paper"]]
     same = sum(r["ours"] == r["paper"] for r in compared)
     return {
@@ -39,17 +40,26 @@ def run(options):
     }
 
 
-def ablation(selective, dt_rank, d_state):
-    """A model of tables 9 and 10 without memory."""
+def ablation(selective, dt_rank, d_state, n_layer=1):
+    """A model of tables 9 and 10 without memory, of one of its 48 blocks."""
     options = {"dt_rank": dt_rank, "d_state": d_state}
-    config = MambaConfig(d_model=1024, n_layer=48, vocab_size=VOCABULARY, ssm_cfg=options)
+    config = MambaConfig(d_model=1024, n_layer=n_layer, vocab_size=VOCABULARY, ssm_cfg=options)
     return partly_selective_model(config, selective, device="meta")
 
 
-def row(table, what, model, paper, **size):
-    count = sum(p.numel() for p in model.parameters())
+def size(model, layers=None):
+    """Parameters of a model; with `layers`, of one that has so many layers like its first."""
+    more = 0 if layers is None else layers - len(model.backbone.layers)
+    return _count(model) + more * _count(model.backbone.layers[0])
+
+
+def _count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def row(table, what, count, paper, **sizes):
     ours = f"{count / 1e6:.1f}M" if count > 1e6 else f"{count / 1e3:.0f}K"
-    return {"table": table, "model": what, "parameters": count, "ours": ours, "paper": paper} | size
+    return {"table": table, "model": what, "parameters": count, "ours": ours, "paper": paper} | sizes
 
 
 def figure(plt, result):

@@ -20,7 +20,7 @@ PAPER = {  # accuracy in percent; Mamba is at 100 at every length of LENGTHS
     "Hyena": {256: 100, 512: 100, 1024: 44.1, 2**20: 9.8},
 }
 QUICK = {
-    "seqlen": 32, "batch_size": 16, "model.d_model": 32, "model.ssm_cfg.dt_rank": 8, "lr": 4e-3,
+    "seqlen": 64, "batch_size": 16, "model.d_model": 32, "lr": 4e-3,
     "steps": 2000, "log_every": 50, "eval_every": 50, "graph": False,
 }  # fmt: skip
 TOKENS = {"cuda": 2**20, "cpu": 2**15}  # in one call of the model
@@ -82,7 +82,7 @@ def trained(options, seed, lengths):
 
 def rows_at(seqlen, quick):
     """How many sequences are tested at a length."""
-    return max(16, min(64 if quick else 512, 2**24 // seqlen))
+    return max(16, min(32 if quick else 512, 2**24 // seqlen))
 
 
 @torch.no_grad()
