@@ -179,5 +179,5 @@ def host_and_device(ax, points, colors):
     ax.text(high / 1.3, 1.6 * low, "computing takes longer", ha="right")
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     ax.set(xlabel="device time (ms)", ylabel="host time (ms)")
-    ax.legend(loc="center left", fontsize=9)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 0.9), fontsize=9)
     ax.minorticks_off()
