@@ -16,7 +16,7 @@ DEVICE = device_of("cuda")
 SEQ_IDX = torch.cat(
     [torch.zeros(300), torch.ones(1), torch.full((127,), 2.0), torch.full((900,), 3.0)]
 ).long()
-FEW = (8, 16, 2048, 4, 1, 1)  # 8 lanes of 16 tokens: tiles of 128
+FEW = (8, 16, 2048, 4, 1)  # 8 lanes of 16 tokens: tiles of 128
 CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
 
 
@@ -41,8 +41,8 @@ def cut(monkeypatch):
 
 
 # Lanes, steps and the rest of every row of the tables in cuda_plan, and some beside them.
-FORWARD = sorted({*cuda_plan.FORWARD.values(), (8, 16, 2048, 4, 1, 1), (8, 8, 512, 8, 1, 4)})
-BACKWARD = sorted({*cuda_plan.BACKWARD.values(), cuda_plan.SHORT, (32, 8, 1024, 3, 2, 1)})
+FORWARD = sorted({*cuda_plan.FORWARD.values(), (8, 16, 2048, 4, 1), (16, 16, 2048, 3, 2), (8, 8, 512, 8, 1)})
+BACKWARD = sorted({*cuda_plan.BACKWARD.values(), cuda_plan.SHORT, (32, 8, 1024, 3, 2)})
 KINDS = [
     (FORWARD[k % len(FORWARD)], BACKWARD[k % len(BACKWARD)]) for k in range(max(len(FORWARD), len(BACKWARD)))
 ]
@@ -63,16 +63,6 @@ def test_a_sequence_cut_into_stretches(cut, packing, B, C):
     rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else 1
     inputs["initial_state"] = torch.randn(rows, 6, 2).double()
     assert cuda_plan.cut_forward(1, 6, 1328, 3, torch.device(DEVICE)).stretches > 1
-    check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
-
-
-@pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
-@pytest.mark.parametrize("d_state, sharers", [(7, 2), (1, 2), (9, 4)])
-def test_warps_that_share_the_states_of_a_channel(cut, monkeypatch, packing, d_state, sharers):
-    monkeypatch.setattr(cuda_plan, "_WARPS_A_MULTIPROCESSOR", 0)  # no stretches
-    cut((32, 8, 1024, 4, 1, sharers), cuda_plan.SHORT)
-    inputs = scan_inputs(3, 1, 5, 1328, d_state, initial_state=False)
-    assert cuda_plan.cut_forward(1, 5, 1328, 5, torch.device(DEVICE)).sharers == sharers
     check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
 
 

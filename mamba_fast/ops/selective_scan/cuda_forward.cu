@@ -7,9 +7,9 @@ struct Run {
   float a[STEPS], x[STEPS], h;
 };
 
-// Then the shared memory of a block holds delta, u and z of each warp, what a warp found for the y of another one, and
-// (A log2 e, running state) of each channel and n.
-constexpr int HANDED = ROWS + 3 * SLOTS * WARPS, RUNNING = HANDED + (SHARERS > 1 ? 32 * QUADS * WARPS : 0);
+// Then the shared memory of a block holds delta, u and z of each warp, and (A log2 e, running state) of each channel
+// and n.
+constexpr int RUNNING = ROWS + 3 * SLOTS * WARPS;
 
 template <bool CUT>
 __device__ __forceinline__ void first_run(Run& run, const float4* const* rows, float2* running, const float* delta,
@@ -75,14 +75,14 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
                                             const float* du, float total, float* y) {
   const float4* rows[QUADS];
 #pragma unroll
-  for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j) + w.share * ROW;
-  running += n0 + w.share;
+  for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j);
+  running += n0;
   const int64 at = ((int64)w.b * p.chunks + t / CHUNK) * p.channels + w.d, table_row = (int64)p.channels * N;
-  float* states = KEEP ? p.states + at * N + n0 + w.share : nullptr;
+  float* states = KEEP ? p.states + at * N + n0 : nullptr;
   const int64 table_at = (int64)w.d * N + n0;
   const int* seq = PACKED ? p.seq + (int64)w.b * p.seqlen + t : nullptr;
 #pragma unroll UNROLL
-  for (int m = w.share; m < STAGED; m += SHARERS) {
+  for (int m = 0; m < STAGED; m++) {
     if (N % STAGED && n0 + m >= N) break;
     Run run;
     float B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + (n0 + m) * p.B_n] : 0.f;
@@ -92,9 +92,9 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
     if (keep) *states = run.h;
     second_run<CUT>(run, rows, y, C_here, cut, VARLEN && w.here ? p.last + table_at + m : nullptr, seq, table_row);
 #pragma unroll
-    for (int q = 0; q < QUADS; q++) rows[q] += SHARERS * ROW;
-    running += SHARERS;
-    states += SHARERS;
+    for (int q = 0; q < QUADS; q++) rows[q] += ROW;
+    running++;
+    states++;
   }
 }
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ void request_rows(const Params& p, float4* memory, co
 
 // Delta, Delta u, D u and the sum of Delta of a lane's steps.
 __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, int left, float* delta, float* du, float* y) {
-  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D && w.share == 0 ? p.D[w.d] : 0.f;
+  const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
   float total = 0.f;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) delta[i] = SOFTPLUS ? softplus(delta[i] + bias) : delta[i] + bias;
@@ -120,26 +120,6 @@ __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, int
 #pragma unroll
   for (int i = 0; i < STEPS; i++) du[i] = delta[i] * y[i], y[i] *= skip, total += delta[i];
   return total;
-}
-
-// The first of the warps that share channels adds up y; true for it.
-__device__ __forceinline__ bool gather_y(float4* memory, const Place& w, float* y) {
-  if (SHARERS == 1) return true;
-  float4* handed = memory + HANDED + w.warp * 32 * QUADS + w.lane;
-  if (w.share) {
-#pragma unroll
-    for (int q = 0; q < QUADS; q++) handed[32 * q] = make_float4(y[4 * q], y[4 * q + 1], y[4 * q + 2], y[4 * q + 3]);
-  }
-  __syncthreads();
-  if (w.share) return false;
-#pragma unroll
-  for (int other = 1; other < SHARERS; other++)
-#pragma unroll
-    for (int q = 0; q < QUADS; q++) {
-      float4 v = handed[32 * (other * QUADS + q)];
-      y[4 * q] += v.x, y[4 * q + 1] += v.y, y[4 * q + 2] += v.z, y[4 * q + 3] += v.w;
-    }
-  return true;
 }
 
 __device__ __forceinline__ void end_tile(const Params& p, float4* memory, const Place& w, int t, int left, float* y) {
@@ -198,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       if (n0 + STAGED < N) request_matrices(p, memory, k, n0 + STAGED, t0);
       else if (more) request_matrices(p, memory, k, 0, t0 + TILE);
       if (n0 == 0) {
-        if (HAS_Z && WIDE_ROWS && w.share == 0)
+        if (HAS_Z && WIDE_ROWS)
           request_tile(reinterpret_cast<uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, p.z, p.z_b, p.z_d, t0, w, p.seqlen);
         if (more) request_rows(p, memory, w, t0 + TILE);
         total = begin_tile(p, w, left, delta, du, y);
@@ -211,12 +191,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     }
     const Place w = find_place(p, k);
     const int t = t0 + w.j * STEPS;
-    if (gather_y(memory, w, y)) end_tile(p, memory, w, t, w.here ? p.seqlen - t : 0, y);
+    end_tile(p, memory, w, t, w.here ? p.seqlen - t : 0, y);
   }
-  if (SHARERS > 1) __syncthreads();
   __syncwarp();
   const Place w = find_place(p, k);
-  if (!VARLEN && w.here && w.share == 0 && k.end == p.seqlen)
+  if (!VARLEN && w.here && k.end == p.seqlen)
     for (int n = w.j; n < N; n += LANES)
       p.last[((int64)w.b * p.channels + w.d) * N + n] = running[w.local * ROW_A + n].y;
 }

@@ -31,7 +31,6 @@ class Cut(NamedTuple):
     stage: int  # numbers of B (and of C) in shared memory at a time
     min_blocks: int  # blocks a multiprocessor holds at least: bounds the registers
     unroll: int
-    sharers: int  # warps that share the states of the same channels
     stretch: int  # tokens a block walks over
     stretches: int
     span: int  # channels that share their groups of B and C
@@ -43,7 +42,7 @@ class Cut(NamedTuple):
 
     @property
     def block_d(self):
-        return 32 // self.lanes * WARPS // self.sharers
+        return 32 // self.lanes * WARPS
 
 
 @functools.cache
@@ -58,17 +57,16 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-# lanes, steps, stage, min_blocks, unroll, sharers, for at least so many rows of B * D. Many rows: few lanes each,
-# so that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are enough;
-# fewer still: several warps share the states of a channel.
+# lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so
+# that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are enough.
 FORWARD = {
-    8192: (8, 16, 2048, 3, 2, 1),
-    3072: (16, 16, 2048, 3, 2, 1),
-    1024: (32, 8, 2048, 4, 2, 2),
-    0: (32, 16, 4096, 3, 2, 1),
+    8192: (8, 16, 2048, 3, 2),
+    3072: (16, 16, 2048, 3, 2),
+    1024: (32, 8, 2048, 4, 2),
+    0: (32, 16, 4096, 3, 2),
 }
-BACKWARD = {4096: (16, 8, 1024, 4, 1, 1), 1024: (32, 8, 1024, 3, 2, 1), 0: (16, 8, 2048, 3, 1, 1)}
-SHORT = (16, 8, 1024, 4, 1, 1)  # up to CHUNK tokens: no wider tile
+BACKWARD = {4096: (16, 8, 1024, 4, 1), 1024: (32, 8, 1024, 3, 2), 0: (16, 8, 2048, 3, 1)}
+SHORT = (16, 8, 1024, 4, 1)  # up to CHUNK tokens: no wider tile
 
 
 def cut_forward(batch, channels, seqlen, span, device):
@@ -84,20 +82,16 @@ def _kind(table, rows, seqlen):
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(lanes, steps, stage, min_blocks, unroll, sharers, batch, channels, seqlen, span, device):
+def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device):
     block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
     blocks = channels // span * -(-span // block_d)
     wanted = -(-_WARPS_A_MULTIPROCESSOR * multiprocessors(device) // (batch * blocks * WARPS))
     stretches = min(wanted, -(-seqlen // tile))
     if stretches < 3:  # finding what enters a stretch costs about half of scanning it
         stretches = 1
-    else:  # there are warps enough then
-        sharers = 1
-    block_d //= sharers
-    blocks = channels // span * -(-span // block_d)
     stretch = -(-seqlen // (stretches * tile)) * tile
     return Cut(
-        lanes, steps, stage, min_blocks, unroll, sharers, stretch, -(-seqlen // stretch), span, blocks
+        lanes, steps, stage, min_blocks, unroll, stretch, -(-seqlen // stretch), span, blocks
     )  # fmt: skip
 
 
@@ -140,8 +134,7 @@ def shared_bytes(entry, cut, defines):
     raw, slots = passes * threads * 16, channels * pitch * WARPS * 16
     row = n + (channels > 1)
     if entry == "scan_forward":
-        handed = 32 * cut.steps * 4 * WARPS if cut.sharers > 1 else 0
-        return block + 4 * matrix + 2 * raw + 3 * slots + handed + cut.block_d * row * 8
+        return block + 4 * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
     if entry == "scan_summary":
         return block + matrix + cut.block_d * row * 8
     parts = 2 * WARPS * 2 * (cut.steps // 4) * 32 * 16
@@ -183,7 +176,7 @@ def defines(
     """The macros that make a kernel of its source. wide: may rows, B, C be read 16 bytes at a time?"""
     return {
         "IO": _IO[io], "N": N, "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
-        "STAGE": cut.stage, "SHARERS": cut.sharers, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
+        "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
         "WIDE_ROWS": int(wide[0]), "WIDE_B": int(wide[1]), "WIDE_C": int(wide[2]),
         "HAS_Z": int(has_z), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
         "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(packed), "VARLEN": int(varlen),

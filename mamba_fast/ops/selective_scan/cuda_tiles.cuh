@@ -1,6 +1,5 @@
 // How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
-// tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. SHARERS warps have the same channels
-// and share their states out: every SHARERS-th one each. Macros N, LANES, STEPS, WARPS, SHARERS,
+// tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
 // MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP,
 // BIG_STRIDES, UNROLL, REVERSE and ORDERED (sums: 0 in any order, 1 in one order into fresh memory, 2 in one order onto
 // zeros) come from cuda_plan.py.
@@ -16,7 +15,7 @@ struct Params {
   int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
 };
 
-constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS / SHARERS, THREADS = 32 * WARPS;
+constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
 constexpr int WIDE = 16 / sizeof(io_t), PARTS = STEPS / WIDE, QUADS = STEPS / 4;  // 16-byte pieces, float4s of a lane
 constexpr int WIDTH = LANES * PARTS;                      // 16-byte pieces of a channel's row in a tile
 constexpr int CHUNK = 128;                                // tokens between saved states
@@ -55,7 +54,6 @@ __device__ __forceinline__ void find_block(const Params& p, int pass, float4* me
 // Where a thread works in its block. Cheap to find again: see thread_number.
 struct Place {
   int lane, warp, j, c, b, d_warp, local, d, rows;  // d_warp: the warp's first channel; rows: how many it has
-  int share;                                        // the first of its states
   bool here;                                        // this lane's channel exists
 };
 
@@ -67,9 +65,8 @@ __device__ __forceinline__ Place find_place(const Params& p, const Block& k) {
   w.j = w.lane / CHANNELS;
   w.c = w.lane % CHANNELS;
   w.b = k.b;
-  w.d_warp = k.d_block + w.warp / SHARERS * CHANNELS;
-  w.local = w.warp / SHARERS * CHANNELS + w.c;
-  w.share = w.warp % SHARERS;
+  w.d_warp = k.d_block + w.warp * CHANNELS;
+  w.local = w.warp * CHANNELS + w.c;
   w.rows = max(0, min(CHANNELS, k.d_end - w.d_warp));
   w.here = w.c < w.rows;
   w.d = w.here ? w.d_warp + w.c : min(k.d_block, p.channels - 1);
