@@ -1,5 +1,6 @@
 // A GPU block on a CPU thread: what cuda_machine.cuh and the CUDA language give, for tests without a GPU.
 // Every thread of a block is a fiber that runs until it waits for its warp or its block.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,15 +33,28 @@ struct Index { int x; };
 static Index threadIdx, blockIdx;
 static float4 memory[65536];
 
-struct Fiber { ucontext_t context; char* stack; int waits; bool done; long round; };  // waits: 0 no, 1 warp, 2 block
+// waits: 0 no, 1 warp, 2 block
+struct Fiber { ucontext_t context; jmp_buf place; char* stack; int waits; bool begun, done; long round; };
 static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static uint32 mailbox[2][2048];
+// A context is for the first entry alone: swapcontext asks the system for the signal mask at every switch.
+static void resume(int i) {
+  Fiber& f = fibers[i];
+  if (_setjmp(scheduler)) return;
+  threadIdx.x = i;
+  if (f.begun) _longjmp(f.place, 1);
+  f.begun = true;
+  setcontext(&f.context);
+}
 static void wait_for(int what) {
   int me = threadIdx.x;
   fibers[me].waits = what;
-  swapcontext(&fibers[me].context, &scheduler);
-  threadIdx.x = me;
+  if (!_setjmp(fibers[me].place)) _longjmp(scheduler, 1);
+}
+static void finish() {
+  fibers[threadIdx.x].done = true;
+  _longjmp(scheduler, 1);
 }
 static void __syncthreads() { wait_for(2); }
 static void __syncwarp() { wait_for(1); }
@@ -202,9 +216,9 @@ static void run_block(int threads, int bytes) {
   for (int i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
     if (!f.stack) f.stack = (char*)malloc(1 << 17);
-    f.waits = 0, f.done = false, f.round = 0;
+    f.waits = 0, f.begun = f.done = false, f.round = 0;
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = 1 << 17, f.context.uc_link = &scheduler;
+    f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = 1 << 17, f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
     copies[i].clear();
   }
@@ -212,8 +226,8 @@ static void run_block(int threads, int bytes) {
     bool moved = false;
     for (int i = 0; i < threads; i++)
       if (!fibers[i].done && !fibers[i].waits) {
-        threadIdx.x = i, moved = true;
-        swapcontext(&scheduler, &fibers[i].context);
+        moved = true;
+        resume(i);
         left -= fibers[i].done;
       }
     for (int w = 0; w < threads; w += 32) {
