@@ -1,7 +1,8 @@
 """Look inside a running scan: Δ, decay, horizon, every state, and which token influences which.
 
-    from mamba_ref.inspect import trace, trace_block
+    from mamba_ref.inspect import trace, trace_block, trace_model
     seen = trace_block(block, hidden)        # or trace(u, delta, A, B, C, ...) for the bare operator
+    seen = trace_model(model, input_ids)[0]  # or what one layer of a whole model did
     seen.delta, seen.decay, seen.horizon, seen.states, seen.influence(channel=3)
 
 Everything is NumPy float64, computed by the oracle of :mod:`mamba_ref.selective_scan`.
@@ -120,6 +121,22 @@ def trace_block(block, hidden):
     """The :class:`Trace` of a `MambaBlock` reading hidden (B, L, d_model): what its scan did."""
     with torch.no_grad():
         return trace(**block.scan_inputs(hidden))
+
+
+def trace_model(model, input_ids):
+    """One :class:`Trace` a layer of a `MambaLM` reading input_ids (B, L): what each scan did."""
+    hidden = []  # (B, L, d_model), what each layer's norm hands to its block
+    hooks = [
+        layer.norm.register_forward_hook(lambda _, given, out: hidden.append(out[0]))
+        for layer in model.backbone.layers
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [trace_block(layer.mixer, x) for layer, x in zip(model.backbone.layers, hidden, strict=True)]
 
 
 def _array(x):

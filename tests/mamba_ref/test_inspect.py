@@ -7,10 +7,10 @@ import pytest
 import torch
 from scan_inputs import FORMS, bound64, in_float32, in_numpy, roundings, scan_inputs
 
-from mamba_ref import selective_scan, selective_scan_numpy, toy
+from mamba_ref import MambaLM, selective_scan, selective_scan_numpy, toy
 from mamba_ref.block import MambaBlock
 from mamba_ref.checks import check, errors
-from mamba_ref.inspect import trace, trace_block
+from mamba_ref.inspect import trace, trace_block, trace_model
 
 U64 = np.finfo(np.float64).eps / 2
 
@@ -138,6 +138,23 @@ def test_trace_block_sees_what_the_block_computes():
     seen = trace_block(block, hidden)
     out = torch.from_numpy(seen.gated).mT @ block.out_proj.weight.T
     check("the block's output from its trace", out, block(hidden), 4 * roundings(13, 3) * U64)
+
+
+def test_trace_model_sees_what_every_layer_computes():
+    torch.manual_seed(0)
+    model = MambaLM(6, 3, 11, d_state=3).double()
+    ids = torch.randint(11, (2, 13))
+    with torch.no_grad():
+        seen, (logits, states) = trace_model(model, ids), model.prefill(ids)
+        residual = model.backbone.embedding(ids)
+        for one, layer in zip(seen, model.backbone.layers, strict=True):
+            residual = residual + torch.from_numpy(one.gated).mT @ layer.mixer.out_proj.weight.T
+        rebuilt = model.lm_head(model.backbone.norm_f(residual, None)[0])
+    assert len(seen) == 3
+    for one, (_, state) in zip(seen, states, strict=True):
+        check("a layer's last states", one.states[:, :, -1], state, 4 * roundings(13, 3) * U64)
+    check("logits from the traces", rebuilt, logits, 8 * roundings(13, 3) * U64)
+    assert all(not layer.norm._forward_hooks for layer in model.backbone.layers)
 
 
 def test_trace_leaves_its_arguments_alone():
