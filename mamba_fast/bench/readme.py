@@ -66,17 +66,20 @@ def table(rows, bench=None):
         return markdown(names, [[shown(row.get(name)) for name in names] for row in rows])
     columns = {name for row in rows for name in row}
     kinds, others = ([kind for kind in names if kind in columns] for names in (TIMES, OTHERS))
-    axes, lead = AXES.get(bench), leads([{"role": None} | row for row in rows])
+    axes = AXES.get(bench)
+    lead = leads([{"role": None} | row | {"case": _label(row)} for row in rows])
     head = [f"case ({', '.join(axes or ('shape',))})", "type", "kernel"]
     head += [*(kind.replace("_", " + ") for kind in kinds), *(OTHERS[name] for name in others)]
     lines = []
     for row in rows:
-        shape = row["shape"][: len(axes)] if axes else row["shape"]
-        first = lead[row["case"], row["dtype"]]
-        label = f"{row['case']} ({', '.join(str(n) for n in shape)})"
+        first, label = lead[_label(row), row["dtype"]], _label(row, len(axes) if axes else None)
         numbers = [*(_time(row, first, kind) for kind in kinds), *(shown(row.get(name)) for name in others)]
         lines.append([label, row["dtype"], row["name"], *numbers])
     return markdown(head, lines)
+
+
+def _label(row, axes=None):
+    return f"{row['case']} ({', '.join(str(n) for n in row['shape'][:axes])})"
 
 
 def timed(rows):
