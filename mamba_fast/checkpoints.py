@@ -150,7 +150,10 @@ def _write(path, write):
     """Write beside `path`, then move it there in one step."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask allows: some libraries write for the owner alone
         write(beside)
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

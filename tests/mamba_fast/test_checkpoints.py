@@ -261,3 +261,11 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("form", ["published", "hf"])
+def test_files_have_the_mode_that_the_user_asks_for(tmp_path, form):
+    (tmp_path / "plain").touch()
+    fast_model(reference_model(7)).save_pretrained(tmp_path / "model", format=form)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
