@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants_cuda import ROWS
+from mutants_decode import ROWS as DECODE_ROWS
 from mutants_loss import ROWS as LOSS_ROWS
 from mutants_model import ROWS as MODEL_ROWS
+from mutants_train import ROWS as TRAIN_ROWS
 
 SCAN = "mamba_fast/ops/selective_scan/"
 AGREES = "mamba_fast/test_selective_scan.py::"
@@ -37,8 +39,10 @@ class Mutant:
         """Whose code is broken: a backend, the reference, or what all backends share."""
         if self.file.startswith("mamba_ref/"):
             return "reference"
+        if Path(self.file).suffix in (".cu", ".cuh"):
+            return "cuda"
         room = Path(self.file).stem.split("_")[0]
-        return room if room in ("torch", "numba", "triton", "cuda") else "all"
+        return room if room in ("torch", "numba", "triton") else "all"
 
 
 NUMBA = (
@@ -304,10 +308,13 @@ BLOCK = (
            INNERS + "test_a_level_keeps_what_it_says[numba]"),
 )  # fmt: skip
 
-CUDA, MODEL, LOSS = (tuple(Mutant(*row) for row in rows) for rows in (ROWS, MODEL_ROWS, LOSS_ROWS))
+CUDA, MODEL, LOSS, DECODE, TRAIN = (
+    tuple(Mutant(*row) for row in rows)
+    for rows in (ROWS, MODEL_ROWS, LOSS_ROWS, DECODE_ROWS, TRAIN_ROWS)
+)  # fmt: skip
 MUTANTS = (
     *NUMBA, *TRITON, *CUDA, *TORCH, *SHARED, *STEP, *SUM_AND_NORM, *CONVOLUTION, *BLOCK, *MODEL, *LOSS,
-    *REFERENCE,
+    *DECODE, *TRAIN, *REFERENCE,
 )  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""The bugs put into decoding: the step of a whole model in one launch, prompts, sampling; see mutants.py."""
+
+FAST, STEP = "mamba_fast/", "mamba_fast/ops/model_step/"
+STEPS, PROMPTS, SAMPLES, TEXTS = (
+    f"mamba_fast/test_{name}.py::" for name in ("model_step", "prompt_graphs", "sampling", "generation")
+)
+ONE_SEQUENCE = STEPS + "test_one_sequence[sizes0-dtype0]"
+PROMPTS_IN_TURN = PROMPTS + "test_prompts_one_after_another[torch-seqlens0]"
+
+ROWS = (
+    ("a layer replaces the residual stream", STEP + "model_step.cu",
+     "(first ? before : residual(b, outs.first + row)) + rounded(value)", "rounded(value)",
+     ONE_SEQUENCE),
+    ("the window of the convolution stays where it was", STEP + "step_layer.cuh",
+     "      to[k] = entry;\n", "", ONE_SEQUENCE),
+    ("a warp's columns are left out of every product", STEP + "step_product.cuh",
+     "for (int warp = 0; warp < WARPS; warp++) value +=", "for (int warp = 1; warp < WARPS; warp++) value +=",
+     ONE_SEQUENCE),
+    ("a prompt goes on from the one before it", FAST + "prompt_graphs.py",
+     "        torch._foreach_zero_(states)\n", "", PROMPTS_IN_TURN),
+    ("the padding of a prompt is read as text", FAST + "prompt_graphs.py",
+     "self.ids.copy_(ids), self.mask.copy_(mask)", "self.ids.copy_(ids)", PROMPTS_IN_TURN),
+    ("top-p leaves out the token that passes it", FAST + "sampling.py",
+     "probability.cumsum(-1, dtype=torch.float64) - probability", "probability.cumsum(-1)",
+     SAMPLES + "test_what_is_left_to_choose_from_is_exact[top-p]"),
+    ("every row draws by the number of the first", FAST + "sampling.py",
+     "uniform[:, None] * reached", "uniform[:1, None] * reached",
+     SAMPLES + "test_tokens_are_drawn_with_the_filtered_probabilities[everything]"),
+    ("padding counts for the penalty", FAST + "generation.py",
+     "ids = ids.where(attention_mask != 0, ids[:, -1:])", "ids = ids.clone()",
+     TEXTS + "test_a_left_padded_row_is_the_row[None-pen]"),
+    ("the random numbers come again after a ring of tokens", FAST + "generation.py",
+     "v[done : done + RING]", "v[:RING]", TEXTS + "test_text_longer_than_the_ring"),
+)  # fmt: skip
