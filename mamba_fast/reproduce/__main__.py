@@ -22,9 +22,9 @@ def main(arguments=None):
     if options.name == "page":
         return page()
     module = importlib.import_module(f"mamba_fast.reproduce.{options.name}")
-    found = module.run(options)
     name = options.name + "-quick" * options.quick
-    path, picture = report.keep(name, module, found, options.device, options.out)
+    for found in module.run(options):  # a run that is cut off keeps what it has
+        path, picture = report.keep(name, module, found, options.device, options.out)
     report.show(found)
     print(f"written to {path} and {picture}")
 

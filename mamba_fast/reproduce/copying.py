@@ -27,6 +27,7 @@ QUICK = SMALL | {
     "seqlen": 32, "data.n_tokens": 4, "batch_size": 32, "model.d_model": 32, "steps": 1500, "warmup": 20,
     "eval_every": 50, "log_every": 50,
 }  # fmt: skip
+CHANCE = 100 / (16 - 2)  # of so many data tokens
 SHOWN = 32  # points of a curve
 
 
@@ -41,8 +42,7 @@ def run(options):
             row, curve = trained(options, changes, selective, seed, share * options.minutes)
             rows.append(row)
             curves += curve
-    chance = 100 / (16 - 2)  # data tokens
-    return {"chance": chance, "findings": findings(rows), "rows": rows, "curves": curves}
+            yield {"chance": CHANCE, "findings": findings(rows), "rows": rows, "curves": curves}
 
 
 def subsets():

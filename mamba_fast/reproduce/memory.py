@@ -10,7 +10,7 @@ from mamba_fast.bench.model import Fused, Plain, new_model, tokens_of
 from mamba_fast.bench.timing import peak_bytes
 from mamba_fast.reproduce import report
 
-TITLE = "Peak memory of a training step, 125M parameters, 2048 tokens a row"
+TITLE = "Peak memory of a training step, 125M"
 SEQLEN = 2048
 PAPER = {  # GB by batch: Transformer, Mamba
     1: (4.6, 4.8), 2: (5.2, 5.8), 4: (6.9, 7.3), 8: (11.5, 12.3), 16: (20.7, 23.1), 32: (34.5, 38.2),
@@ -40,7 +40,7 @@ def run(options):
             )
             torch.cuda.empty_cache()
         rows.append(row | {"paper, Mamba": mamba, "paper, Transformer": transformer})
-    return {"findings": findings(rows), "rows": rows}
+    yield {"findings": findings(rows), "rows": rows}
 
 
 def step(module, ids, optimizer):
@@ -65,7 +65,7 @@ def findings(rows):
 
 def figure(plt, result):
     """A line a column, over batch size."""
-    fig, ax = plt.subplots(figsize=(7, 4))
+    fig, ax = plt.subplots(figsize=(8, 4))
     batches = [row["batch"] for row in result["rows"]]
     for name, (color, label) in COLUMNS.items():
         look = "o--" if name.startswith("paper") else "o-"

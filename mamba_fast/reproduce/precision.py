@@ -41,7 +41,7 @@ def run(options):
             row, curve = trained(options, seed, way, dtype, autocast)
             rows.append(row)
             curves += curve
-    return {"findings": findings(rows), "rows": rows, "curves": curves}
+        yield {"findings": findings(rows), "rows": rows, "curves": curves}
 
 
 def trained(options, seed, way, dtype, autocast):

@@ -27,7 +27,8 @@ def committed():
 
 
 def test_all_counts_of_tables_9_and_10_are_the_papers():
-    rows = counts.run(None)["rows"]
+    (found,) = counts.run(None)
+    rows = found["rows"]
     found = {t: [round(r["parameters"] / 1e6, 1) for r in rows if r["table"] == t] for t in ("9", "10")}
     assert found["9"] == TABLE_9
     assert found["10"][::2] == TABLE_10  # B and C selective
