@@ -5,8 +5,6 @@ take the small steps of an optimizer: a step below half the distance to the next
 The paper trains with AMP, parameters in float32 (appendix E.2); it has no numbers for the others.
 """
 
-import math
-
 import torch
 from torch.nn import functional as F
 
@@ -62,12 +60,11 @@ def trained(options, seed, way, dtype, autocast):
         for name, after in recurrence(result.model).items()
     }
     losses = [line["loss"] for line in result.metrics]
+    finite = all(bool(torch.isfinite(p).all()) for p in result.model.parameters())
+    part = {n: report.percent(v.double().mean().item()) if finite else None for n, v in stuck.items()}
     row = {
-        "parameters": way, "seed": seed, "steps": result.step, "loss": losses[-1],
-        "finite": all(bool(torch.isfinite(p).all()) for p in result.model.parameters()),
-        "A_log stuck": report.percent(stuck["A_log"].double().mean().item()),
-        "Δ bias stuck": report.percent(stuck["dt_proj.bias"].double().mean().item()),
-        "horizon rounded": 100 * error,
+        "parameters": way, "seed": seed, "steps": result.step, "loss": losses[-1], "finite": finite,
+        "A_log stuck": part["A_log"], "Δ bias stuck": part["dt_proj.bias"], "horizon rounded": 100 * error,
     }  # fmt: skip
     kept = result.metrics[:: -(-len(result.metrics) // SHOWN)]
     return row, [{"parameters": way, "seed": seed, "step": x["step"], "loss": x["loss"]} for x in kept]
@@ -98,20 +95,14 @@ def horizon_error(exact, rounded):
 def findings(rows):
     """What was kept and what was lost, a sentence a way."""
     lines = []
-    for way in WAYS:
+    for way in dict.fromkeys(row["parameters"] for row in rows):
         mine = [row for row in rows if row["parameters"] == way]
-        losses = [row["loss"] for row in mine]
-        numbers = [v for v in losses if v is not None and math.isfinite(v)]
-        loss = (
-            f"loss {min(numbers):.3g} to {max(numbers):.3g}"
-            if len(numbers) == len(mine)
-            else "loss not finite"
-        )
-        stuck = max(row["A_log stuck"] for row in mine)
+        found = "NaN after training"
+        if all(row["finite"] for row in mine):
+            losses, stuck = ([row[name] for row in mine] for name in ("loss", "A_log stuck"))
+            found = f"loss {min(losses):.3g} to {max(losses):.3g}; {max(stuck)} % of A_log never moved"
         rounded = max(row["horizon rounded"] for row in mine)
-        lines.append(
-            f"{way}: {loss}; {stuck} % of A_log never moved; horizons rounded by up to {rounded:.2g} %"
-        )
+        lines.append(f"{way}: {found}; horizons rounded by up to {rounded:.2g} %")
     return lines
 
 
@@ -133,7 +124,7 @@ def figure(plt, result):
     ):
         for place, (way, color) in enumerate(colors.items()):
             for row in result["rows"]:
-                if row["parameters"] == way and row["finite"]:
+                if row["parameters"] == way and row[name] is not None:
                     ax.barh(place, row[name], 0.7, color=color)
                 elif row["parameters"] == way:
                     ax.text(0, place, " NaN after training", va="center", fontsize=9)

@@ -1,6 +1,7 @@
 """The commands that measure the paper's results: at a small size on a CPU, and what they committed."""
 
 import json
+import runpy
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from mamba_fast import MambaConfig, MambaLMHeadModel
+from mamba_fast.bench import readme
 from mamba_fast.bench.figure import source
 from mamba_fast.reproduce import copying, counts, figure8, induction, precision, report
 from mamba_fast.reproduce.__main__ import NAMES, main, page
@@ -206,3 +208,23 @@ def test_the_page_is_written_from_the_results(tmp_path):
 
 def test_lengths_are_short():
     assert [report.short(n) for n in (64, 1024, 2**15, 2**20)] == ["64", "1k", "32k", "1M"]
+
+
+def test_the_committed_page_has_the_committed_numbers(tmp_path):
+    text = (RESULTS.parent / "reproduce.md").read_text("utf-8")
+    document = tmp_path / "page.md"
+    document.write_text(text, "utf-8")
+    assert set(readme.rewrite(document, RESULTS)) <= {path.stem for path in committed()}
+    assert document.read_text("utf-8") == text
+
+
+def test_the_script_writes_the_weights_of_notebook_09(tmp_path, monkeypatch):
+    """It runs, and what is committed has the switch that the notebook looks for."""
+    monkeypatch.setitem(induction.QUICK, "steps", 2)
+    weights = RESULTS.parents[1] / "notebooks" / "weights"
+    runpy.run_path(str(weights / "train_09.py"))["main"]("1", tmp_path)
+    new, kept = (MambaLMHeadModel.from_pretrained(p) for p in (tmp_path, weights / "09_induction"))
+    assert new.config == kept.config
+    assert induction.accuracy(new, 64, 32, 1) < 0.5
+    assert induction.accuracy(kept, 64, 32, 1) == 1
+    assert induction.accuracy(kept, 1024, 8, 1) == 1
