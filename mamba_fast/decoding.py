@@ -88,6 +88,7 @@ class Decoder:
             self._step(model)
         else:
             self.graph.replay()
+            self.logits = self.captured_logits
         self.params.seqlen_offset += 1
 
     def choose(self, logits):
@@ -119,7 +120,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._step(model)
-        self.graph = graph
+        self.graph, self.captured_logits = graph, self.logits  # where every replay leaves them
 
     def _step(self, model):
         out = model(self.slots.token, inference_params=self.params, num_last_tokens=1)
@@ -149,6 +150,8 @@ class Graphs:
         if found is None:
             while len(self.decoders) >= MOST_GRAPHS:
                 del self.decoders[next(iter(self.decoders))]
+            kept = {rows for rows, _ in self.decoders}
+            self.prompts = {rows: v for rows, v in self.prompts.items() if rows in kept}
             found = Decoder(model, batch, recipe, self.states)
             found.capture(model, self.pool)
             found.prompts = self.prompts.setdefault(batch, PromptGraphs(batch, self.states))

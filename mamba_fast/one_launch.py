@@ -32,20 +32,22 @@ def one_launch(model, input_ids, inference_params):
         block.mixer._get_states_from_cache(inference_params, len(input_ids))
         for block in model.backbone.layers
     ]
-    logits = model_step(weights, input_ids[:, 0].contiguous(), states)
+    logits = model_step(weights, input_ids[:, 0].long().contiguous(), states)
     return None if logits is None else logits[:, None]
 
 
 def _weights(model):
     """The Weights of a model that one launch can run, or None."""
+    from mamba_fast.model import MixerModel
+
     backbone = model.backbone
     ends = (backbone, backbone.embedding, backbone.norm_f, model.lm_head)
-    kinds = (type(backbone), nn.Embedding, RMSNorm, nn.Linear)
+    kinds = (MixerModel, nn.Embedding, RMSNorm, nn.Linear)
     if not (_plain(ends, kinds) and backbone.fused_add_norm and backbone.residual_in_fp32):
         return None
     layers = []
     for block in backbone.layers:
-        layer = _layer(block)
+        layer = _layer(block, backbone.norm_f.eps)
         if layer is None:
             return None
         layers.append(layer)
@@ -53,8 +55,10 @@ def _weights(model):
     return Weights(tuple(layers), *tables, backbone.norm_f.eps)
 
 
-def _layer(block):
+def _layer(block, eps):
     if type(block) is not Block or block.mlp is not None or type(block.mixer) is not Mamba:
+        return None
+    if not (block.fused_add_norm and block.residual_in_fp32 and block.norm.eps == eps):
         return None
     mixer = block.mixer
     linear = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
@@ -71,8 +75,8 @@ def _layer(block):
 
 
 def _plain(modules, kinds):
-    """Whether these are exactly of these kinds, and without hooks."""
+    """Whether these are exactly of these kinds, without hooks and without a forward of their own."""
     return all(
-        type(m) is kind and not m._forward_hooks and not m._forward_pre_hooks
+        type(m) is kind and not m._forward_hooks and not m._forward_pre_hooks and "forward" not in vars(m)
         for m, kind in zip(modules, kinds, strict=True)
     )

@@ -14,11 +14,13 @@ MOST_TOKENS = 32768  # of all rows in a piece: with more, the GPU is busy and th
 
 def fits(batch, seqlen):
     """Whether a prompt of (batch, seqlen) is better read by graphs."""
-    return batch * _length(seqlen) <= MOST_TOKENS
+    return batch * max(_lengths(seqlen)) <= MOST_TOKENS
 
 
-def _length(seqlen):
-    return next((n for n in LENGTHS if n >= seqlen), LENGTHS[-1])
+def _lengths(seqlen):
+    """The lengths of the pieces: one that holds what is left over, then the longest as often as it takes."""
+    longest, (whole, rest) = LENGTHS[-1], divmod(seqlen, LENGTHS[-1])
+    return [n for n in LENGTHS if n >= rest][: rest > 0] + whole * [longest]
 
 
 class PromptGraphs:
@@ -32,14 +34,15 @@ class PromptGraphs:
         """Logits (B, V) behind input_ids (B, L), from zero states; overwritten by the next prompt."""
         states = [v[: self.batch] for pair in self.params.key_value_memory_dict.values() for v in pair]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        first = -input_ids.shape[1] % _length(input_ids.shape[1])  # tokens of padding before the first piece
-        input_ids, mask = (torch.nn.functional.pad(v, (first, 0)) for v in (input_ids, mask))
-        length = _length(input_ids.shape[1])
-        if length not in self.pieces:
-            self.pieces[length] = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
+        lengths = _lengths(input_ids.shape[1])
+        padding = sum(lengths) - input_ids.shape[1]  # before the first piece
+        input_ids, mask = (torch.nn.functional.pad(v, (padding, 0)) for v in (input_ids, mask))
+        for length in lengths:
+            if length not in self.pieces:
+                self.pieces[length] = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
         torch._foreach_zero_(states)
-        for ids, real in zip(input_ids.split(length, 1), mask.split(length, 1), strict=True):
-            logits = self.pieces[length](model, ids, real)
+        for ids, real in zip(input_ids.split(lengths, 1), mask.split(lengths, 1), strict=True):
+            logits = self.pieces[ids.shape[1]](model, ids, real)
         return logits
 
 

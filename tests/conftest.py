@@ -12,6 +12,7 @@ from cuda_emulator import EmulatedKernel
 from mamba_fast import nvrtc
 from mamba_fast.ops.selective_scan import backends
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used: for equal bits
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 

@@ -1,5 +1,7 @@
 """A whole optimizer step as one CUDA graph: one launch in place of hundreds."""
 
+import warnings
+
 import torch
 
 WARM_UP = 3  # steps before the capture: kernels are compiled, workspaces made, optimizer states created
@@ -17,7 +19,8 @@ class GraphedStep:
         stream = torch.cuda.Stream()  # of the warm-up too: a backward runs on the stream of its forward
         before = [v.clone() for v in _changed_by_a_step(run)]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True")  # these steps are not captured
             for _ in range(WARM_UP):
                 run.begin_step()
                 run.advance()

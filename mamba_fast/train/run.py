@@ -85,7 +85,7 @@ class Run:
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, config.weight_decay), lr=config.lr, betas=tuple(config.betas),
-            fused=on_gpu, capturable=on_gpu,
+            fused=on_gpu, capturable=on_gpu and config.graph,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.step, self.seconds, self.finished = 0, 0.0, False
@@ -184,7 +184,7 @@ def repeatable(wanted):
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use alone
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -130,8 +131,10 @@ def test_rows_end_by_themselves():
 def test_the_host_waits_for_no_token():
     model, ids = fast_model(reference_model(17), "cuda"), ids_of(18, 2, 5)
     want = text_of(model, ids, 10, cg=True)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
         got = text_of(model, ids, 10, cg=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -129,6 +129,7 @@ def test_a_ring_that_goes_round_many_times(device, monkeypatch):
         (lambda w, t, s: (w._replace(norm_f=w.norm_f.float()), t, s), "several types"),
         (lambda w, t, s: (w, t, [(a.double(), b) for a, b in s]), "the states have the types"),
         (lambda w, t, s: (w._replace(layers=()), t, s), "no layer"),
+        (lambda w, t, s: (w, t.int(), s), "not int64"),
         (lambda w, t, s: (at(model_of((1, 8, 16, 3, 4, 2, 5)), torch.float16), t, s), "multiples of 8"),
         (lambda w, t, s: (w._replace(head=w.head.T.contiguous().T), t, s), "not contiguous"),
     ],

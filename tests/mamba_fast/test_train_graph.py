@@ -31,6 +31,7 @@ def trained(folder, task, graph, backend, dtype, first=0):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*capturable=True")  # steps before the graph
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("task, first", [("induction", 0), ("induction", 5), ("copying", 0)])
 def test_the_graph_takes_the_eager_steps(tmp_path, task, first, dtype):

@@ -47,6 +47,8 @@ class Weights(NamedTuple):
 def obstacle(weights, tokens, states):
     """Why the one kernel cannot take this step, or None. Reads sizes, types and places, no values."""
     batch, dtype = len(tokens), weights.head.dtype
+    if tokens.dtype != torch.int64:
+        return f"tokens are {tokens.dtype}, not int64"
     if not 1 <= batch <= MOST_SEQUENCES:
         return f"it takes 1 to {MOST_SEQUENCES} sequences, and there are {batch}"
     if not weights.layers:

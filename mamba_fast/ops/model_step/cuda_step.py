@@ -62,13 +62,14 @@ def _plan(weights, tokens, states):
         for layer, kept in zip(weights.layers, states, strict=True)
     ]
     device, dtype, wide = tokens.device, weights.head.dtype, states[0][0].dtype == torch.float32
-    key = (len(tokens), dtype, wide, weights.d_state, device, *(p for row in rows for p in row))
-    plan = _captured.get(key) or _plans.get(key)
+    sizes = (*weights.head.shape, *weights.layers[0].conv.shape, weights.dt_rank, weights.d_state)
+    key = (len(tokens), dtype, wide, sizes, device, *(p for row in rows for p in row))
+    plan = _captured.get(key, _plans.get(key))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if plan is not None:
             _captured[key] = plan
         return plan
-    if plan is None:
+    if plan is None and key not in _plans:
         while len(_plans) >= _MOST_PLANS:
             _plans.popitem(last=False)
         plan = _plans[key] = _new_plan(weights, len(tokens), states, rows, device)
