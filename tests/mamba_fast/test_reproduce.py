@@ -172,6 +172,18 @@ def test_copying_runs_all_subsets(tmp_path, monkeypatch):
     assert all(row["sequences"] <= row["tokens"] for row in found["rows"])
 
 
+def test_figure8_times_every_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure8.attention, "CPU_LENGTHS", [32, 64])
+    found = quick("figure8", tmp_path, "--batch", "1")
+    ways = {row["what"] for row in found["rows"]}
+    assert {"FFT convolution", "unfused scan"} < ways
+    assert any(way.startswith("scan, ") for way in ways)
+    assert {(row["length"], row["what"]) for row in found["rows"]} == {(n, w) for n in (32, 64) for w in ways}
+    assert all(row["ms"] > 0 for row in found["rows"])
+    assert [row["model"] for row in found["throughput"]] == list(figure8.QUICK.values())
+    assert found["findings"][-1].startswith("batch 1: ")
+
+
 def test_precision_finds_what_is_lost(tmp_path):
     rows = {row["parameters"]: row for row in quick("precision", tmp_path)["rows"]}
     for name in ("float32", "float32, AMP bfloat16", "float32, AMP float16"):
