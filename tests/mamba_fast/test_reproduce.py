@@ -21,6 +21,7 @@ from mamba_fast.train import load_config, selective_copying
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TABLE_9 = [358.9, 359.1, 359.3, 359.7, 360.5, 362.1, 365.2, 371.5]
 TABLE_10 = [367.1, 367.4, 368.0, 369.1, 371.5]
+FEW = {"steps": 3, "batch_size": 4, "eval_batches": 2}  # that a command runs, not what comes out of it
 SIZES = {"d_model": 16, "n_layer": 2, "vocab_size": 16}
 
 
@@ -156,23 +157,25 @@ def quick(name, folder, *flags):
 
 
 def test_induction_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(induction.QUICK, "steps", 10)
+    monkeypatch.setattr(induction, "QUICK", induction.QUICK | FEW)
+    monkeypatch.setattr(induction, "rows_at", lambda seqlen, quick: 2)
     found = quick("induction", tmp_path, "--seeds", "0")
     assert [row["length"] for row in found["rows"]] == [2**k for k in range(5, 14)]
     assert all(0 <= row["seed 0"] <= 100 for row in found["rows"])
-    assert found["runs"][0]["steps"] == 10
+    assert found["runs"][0]["steps"] == FEW["steps"]
     assert "1 seeds: 100 %" in capsys.readouterr().out
     assert (tmp_path / "induction-quick.png").stat().st_size > 10_000
 
 
 def test_copying_runs_all_subsets(tmp_path, monkeypatch):
-    monkeypatch.setitem(copying.QUICK, "steps", 3)
+    monkeypatch.setattr(copying, "QUICK", copying.QUICK | FEW)
     found = quick("copying", tmp_path)
     assert len({row["selective"] for row in found["rows"]}) == 8
     assert all(row["sequences"] <= row["tokens"] for row in found["rows"])
 
 
 def test_figure8_times_every_way(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
     monkeypatch.setattr(figure8.attention, "CPU_LENGTHS", [32, 64])
     found = quick("figure8", tmp_path, "--batch", "1")
     ways = {row["what"] for row in found["rows"]}
@@ -184,7 +187,8 @@ def test_figure8_times_every_way(tmp_path, monkeypatch):
     assert found["findings"][-1].startswith("batch 1: ")
 
 
-def test_precision_finds_what_is_lost(tmp_path):
+def test_precision_finds_what_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "QUICK", precision.QUICK | {"batch_size": 2, "seqlen": 16, "steps": 25})
     rows = {row["parameters"]: row for row in quick("precision", tmp_path)["rows"]}
     for name in ("float32", "float32, AMP bfloat16", "float32, AMP float16"):
         assert rows[name]["finite"]
@@ -232,7 +236,7 @@ def test_the_committed_page_has_the_committed_numbers(tmp_path):
 
 def test_the_script_writes_the_weights_of_notebook_09(tmp_path, monkeypatch):
     """It runs, and what is committed has the switch that the notebook looks for."""
-    monkeypatch.setitem(induction.QUICK, "steps", 2)
+    monkeypatch.setattr(induction, "QUICK", induction.QUICK | FEW)
     weights = RESULTS.parents[1] / "notebooks" / "weights"
     runpy.run_path(str(weights / "train_09.py"))["main"]("1", tmp_path)
     new, kept = (MambaLMHeadModel.from_pretrained(p) for p in (tmp_path, weights / "09_induction"))
