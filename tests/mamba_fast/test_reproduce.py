@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mamba_fast import MambaConfig, MambaLMHeadModel
 from mamba_fast.bench import readme
@@ -45,7 +44,7 @@ def test_all_counts_of_tables_9_and_10_are_the_papers():
 @pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
 def test_committed_figures_are_drawn_from_the_committed_numbers(path):
     result = json.loads(path.read_text("utf-8"))
-    assert Image.open(path.with_suffix(".png")).text["Source"] == source(result)
+    assert source(result).encode() in path.with_suffix(".png").read_bytes()
     assert result["device"]
     assert result["date"]
 
@@ -219,7 +218,7 @@ def test_the_page_is_written_from_the_results(tmp_path):
     document.write_text("<!-- counts -->\nold\n<!-- /counts -->\n")
     page(results, document)
     assert "| 9 | Δ of rank 64 | 371500032 | 371.5M | 371.5M |" in document.read_text("utf-8")
-    assert Image.open(path.with_suffix(".png")).text["Source"] == source(json.loads(path.read_text("utf-8")))
+    assert source(json.loads(path.read_text("utf-8"))).encode() in path.with_suffix(".png").read_bytes()
 
 
 def test_lengths_are_short():
