@@ -78,14 +78,13 @@ def heard(ax, share, labels, title):
     token_axis(ax, labels)
 
 
-def subsets(ax, rows, chance):
-    """Bars of tokens copied right (%), one a row {"selective", "tokens"}; a line at chance."""
-    names = [row["selective"] for row in rows]
-    colors = [COLORS["delta"] if "Δ" in name else COLORS["other"] for name in names]
-    ax.barh(range(len(rows)), [row["tokens"] for row in rows], 0.7, color=colors)
-    for place, row in enumerate(rows):
-        ax.text(row["tokens"] + 1, place, f"{row['tokens']:.0f}", va="center", fontsize=9)
+def subsets(ax, tokens, chance):
+    """Bars of tokens copied right (%), {what is selective: number}; a line at chance."""
+    colors = [COLORS["delta"] if "Δ" in name else COLORS["other"] for name in tokens]
+    ax.barh(range(len(tokens)), list(tokens.values()), 0.7, color=colors)
+    for place, level in enumerate(tokens.values()):
+        ax.text(level + 1, place, f"{level:.0f}", va="center", fontsize=9)
     ax.axvline(chance, color=COLORS["reference"], ls=":", lw=1)
-    ax.set_yticks(range(len(rows)), names)
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 112), xlabel="tokens copied right (%); dotted: chance")
+    ax.set_yticks(range(len(tokens)), list(tokens))
+    ax.set(ylim=(len(tokens) - 0.5, -0.5), xlim=(0, 112), xlabel="tokens copied right (%); dotted: chance")
     ax.grid(axis="y", visible=False)

@@ -99,12 +99,15 @@ def correct(model, config, batches=4):
 
 
 def findings(rows):
-    """A sentence a task: which subsets copy, which do not."""
+    """A sentence a task: what each subset copies."""
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        told = [f"{row['selective']}: {row['tokens']:.1f} %" for row in mine]
-        lines.append(f"{task} tokens copied right with selective {'; '.join(told)}")
+        found = {}
+        for row in rows:
+            if row["task"] == task:
+                found.setdefault(row["selective"], []).append(row["tokens"])
+        told = [f"{name}: {' / '.join(f'{v:.1f}' for v in tokens)}" for name, tokens in found.items()]
+        lines.append(f"{task} tokens, copied right in percent, a number a seed: {'; '.join(told)}")
     return lines
 
 
@@ -123,7 +126,7 @@ def figure(plt, result):
                 bars.plot(row["paper"], place, "o", ms=10, mfc="none", color=report.PAPER)
         bars.axvline(result["chance"], color="black", lw=1)
         bars.set_yticks(range(len(names)), names)
-        bars.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 103), xlabel="tokens right (%); line: chance",
+        bars.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 103), xlabel="tokens right (%), a shade a seed; line: chance",
                  title=f"{task} tokens; rings: paper" if rows[0]["paper"] else f"{task} tokens")  # fmt: skip
         for name in names:
             for seed in {row["seed"] for row in rows}:

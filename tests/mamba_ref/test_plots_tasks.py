@@ -70,7 +70,7 @@ def test_what_is_heard_stands_at_its_token(ax):
 
 
 def test_subsets_have_their_number(ax):
-    plots_tasks.subsets(ax, [{"selective": "Δ, B", "tokens": 99.6}, {"selective": "C", "tokens": 12.0}], 7)
+    plots_tasks.subsets(ax, {"Δ, B": 99.6, "C": 12.0}, 7)
     assert [bar.get_width() for bar in ax.patches] == [99.6, 12.0]
     assert texts(ax) == ["100", "12"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["Δ, B", "C"]
