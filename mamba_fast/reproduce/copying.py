@@ -121,13 +121,14 @@ def figure(plt, result):
         colors = dict(zip(names, [report.OURS, *report.OTHERS, "0.5"], strict=False))
         for row in rows:
             place = names.index(row["selective"])
-            bars.barh(place, row["tokens"], 0.7 / 1, color=colors[row["selective"]], alpha=0.6)
+            bars.barh(place, row["tokens"], 0.7, color=colors[row["selective"]], alpha=0.6)
             if row["paper"]:
                 bars.plot(row["paper"], place, "o", ms=10, mfc="none", color=report.PAPER)
         bars.axvline(result["chance"], color="black", lw=1)
         bars.set_yticks(range(len(names)), names)
-        bars.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 103), xlabel="tokens right (%), a shade a seed; line: chance",
-                 title=f"{task} tokens; rings: paper" if rows[0]["paper"] else f"{task} tokens")  # fmt: skip
+        bars.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 103))
+        bars.set(xlabel="tokens right (%), a shade a seed; line: chance")
+        bars.set_title(f"{task} tokens" + "; rings: paper" * bool(rows[0]["paper"]))
         for name in names:
             for seed in {row["seed"] for row in rows}:
                 mine = [c for c in result["curves"]
