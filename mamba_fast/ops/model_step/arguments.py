@@ -56,7 +56,9 @@ def obstacle(weights, tokens, states):
     if dtype not in TYPES:
         return f"the weights are {dtype}, not float16 or bfloat16"
     d_model, d_inner = weights.head.shape[1], weights.layers[0].D.shape[0]
-    if batch * d_inner > MOST_CHANNELS or d_inner > WIDEST:
+    if d_inner > WIDEST:
+        return f"it takes up to {WIDEST} channels, and there are {d_inner}"
+    if batch * d_inner > MOST_CHANNELS:
         return f"it is slower for {batch} x {d_inner} channels"
     if any(size % 8 for size in (d_model, d_inner, weights.dt_rank, weights.dt_rank + 2 * weights.d_state)):
         return "d_model, d_inner, dt_rank and dt_rank + 2 N have to be multiples of 8"
