@@ -1,6 +1,5 @@
 """The pictures of the block show the shapes, the register and the counts they got."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -10,15 +9,6 @@ SHAPES = {
     "hidden_states": (2, 7, 5), "x": (2, 10, 7), "z": (2, 10, 8), "u": (2, 10, 9), "delta": (2, 10, 6),
     "B": (2, 3, 7), "C": (2, 4, 7), "y": (2, 11, 7), "out": (2, 7, 6),
 }  # fmt: skip
-
-
-@pytest.fixture
-def ax():
-    plt.switch_backend("agg")
-    figure, ax = plt.subplots()
-    yield ax
-    figure.canvas.draw()  # mathtext and layout errors appear here and not before
-    plt.close(figure)
 
 
 def texts(ax):

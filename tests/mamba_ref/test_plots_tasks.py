@@ -8,15 +8,6 @@ from mamba_ref import plots_tasks
 from mamba_ref.plots import COLORS
 
 
-@pytest.fixture
-def ax():
-    plt.switch_backend("agg")
-    figure, ax = plt.subplots()
-    yield ax
-    figure.canvas.draw()  # mathtext and layout errors appear here and not before
-    plt.close(figure)
-
-
 def texts(ax):
     return [text.get_text() for text in ax.texts]
 
