@@ -41,16 +41,17 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered,
+    ordered, dz=None,
 ):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
-    dlast may be None: nothing was made of the last state.
+    dlast may be None: nothing was made of the last state. That of z is written into `dz` if it is given.
     """
     D, delta_bias, table, dlast = _contiguous(D, delta_bias, initial_state, dlast)
     if varlen and dlast is None:
         dlast = A.new_zeros(rows, *A.shape)
-    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = torch.empty_like(z) if dz is None and z is not None else dz
     looks = tuple(map(plan.look, (u, delta, z, dy, du, ddelta, dz, A, B, C)))
     calls = _backward_calls(looks, u.dtype, seq is not None, softplus, varlen, ordered, u.device)
     sums = calls.sums(u.device, D is not None, delta_bias is not None)

@@ -43,23 +43,24 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered,
+    ordered, dz=None,
 ):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
-    The order of the additions never varies: `ordered` changes nothing.
+    The order of the additions never varies: `ordered` changes nothing. That of z is written into `dz` if it
+    is given.
     """
     (batch, d_inner, seqlen), d_state = u.shape, A.shape[1]
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
     span = _span(u, B, C)
     spans = d_inner // span
     pieces = min(-(-span // LANES), -(-_TASKS // (batch * spans)))
-    du, ddelta, dz = (torch.empty(u.shape, dtype=torch.float32) for _ in range(3))
+    du, ddelta, dgate = (torch.empty(u.shape, dtype=torch.float32) for _ in range(3))
     dA, dB_constant, dC_constant = (torch.empty(batch, d_inner, d_state) for _ in range(3))
     dB, dC = (torch.zeros(batch, spans, pieces, d_state, seqlen) for _ in range(2))
     dD, dbias = torch.empty(batch, d_inner), torch.empty(batch, d_inner)
     dtable = dlast.float().clone(memory_format=torch.contiguous_format)  # that of an empty sequence
-    outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable)
+    outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dgate, dbias, dtable)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
     flags = (softplus, z is not None, seq is not None, varlen, is_constant(B, u), is_constant(C, u))
     with _one_at_a_time:
@@ -73,9 +74,11 @@ def backward(
             return constant.sum(0)[None, :, :, None]
         return steps.sum(2).unflatten(1, (v.shape[1], -1)).sum(2).to(v.dtype)
 
+    if z is not None:
+        dz = _as(dgate, z) if dz is None else dz.copy_(dgate)
     return (
         _as(du, u), _as(ddelta, delta), dA.sum(0), matrix(B, dB, dB_constant), matrix(C, dC, dC_constant),
-        None if D is None else dD.sum(0), None if z is None else _as(dz, z),
+        None if D is None else dD.sum(0), dz,
         None if delta_bias is None else dbias.sum(0), None if initial_state is None else dtable,
     )  # fmt: skip
 

@@ -95,14 +95,18 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered,
+    ordered, dz=None,
 ):  # fmt: skip
-    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent."""
+    """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
+
+    That of z is written into `dz` if it is given.
+    """
     (_, channels, seqlen), N = u.shape, A.shape[1]
     plan = _plan(u, B, C)
     D, delta_bias, table = (None if v is None else v.contiguous() for v in (D, delta_bias, initial_state))
     dlast = dlast.contiguous()
-    du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), None if z is None else torch.empty_like(z)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = torch.empty_like(z) if dz is None and z is not None else dz
     dA, dbias, dD = (
         states.new_empty(states.shape),
         states.new_empty(states.shape[:3]),
