@@ -26,12 +26,11 @@ def next_tokens(input_ids, labels, layout, ignore_index):
     return following.masked_fill(~torch.cat([together, torch.zeros_like(together[:, :1])], 1), ignore_index)
 
 
-def head_loss(lm_head, hidden_states, labels, ignore_index, room):
-    """Mean cross-entropy of lm_head's logits, which a plain Linear never holds at once."""
+def head_loss(lm_head, hidden_states, labels, ignore_index, room, reduction="mean"):
+    """Cross-entropy of lm_head's logits, which a plain Linear never holds at once: its mean, or its sum."""
+    how = {"ignore_index": ignore_index, "reduction": reduction}
     if type(lm_head) is not nn.Linear:  # one that a library has put in its place
-        return cross_entropy(
-            lm_head(hidden_states).flatten(0, 1), labels.flatten(), ignore_index=ignore_index
-        )
+        return cross_entropy(lm_head(hidden_states).flatten(0, 1), labels.flatten(), **how)
     return linear_cross_entropy_fn(
-        hidden_states, lm_head.weight, labels, bias=lm_head.bias, ignore_index=ignore_index, backend=room
+        hidden_states, lm_head.weight, labels, bias=lm_head.bias, backend=room, **how
     )

@@ -12,7 +12,7 @@ ROWS = (
     ("A_log decays", FAST + "init.py", "marked or parameter.dim() < 2", "parameter.dim() < 2",
      LOOP + "test_one_step_is_adamw_by_hand"),
     ("every rank takes the rows of the first", TRAIN + "run.py",
-     "self.rank * self.config.batch_size * self.config.accumulate", "0",
+     "self.processes.row_rank * self.config.batch_size * self.config.accumulate", "0",
      LOOP + "test_ranks_share_the_rows_of_a_step[copying]"),
     ("a run that goes on counts its steps from zero", TRAIN + "run.py",
      'self.step, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]',

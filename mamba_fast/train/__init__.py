@@ -3,7 +3,9 @@
 from mamba_fast.train.config import ConfigError, TrainConfig, load_config
 from mamba_fast.train.data import DataError, TextData
 from mamba_fast.train.loop import Result, evaluate, train
-from mamba_fast.train.run import Objective, Run
+from mamba_fast.train.objective import Objective
+from mamba_fast.train.parallel import Processes, processes_of
+from mamba_fast.train.run import Run
 from mamba_fast.train.tasks import Batch, Generated, induction_heads, selective_copying
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "DataError",
     "Generated",
     "Objective",
+    "Processes",
     "Result",
     "Run",
     "TextData",
@@ -19,6 +22,7 @@ __all__ = [
     "evaluate",
     "induction_heads",
     "load_config",
+    "processes_of",
     "selective_copying",
     "train",
 ]

@@ -1,6 +1,6 @@
 """Train by a TOML file, by flags, or both; killed and started again, it goes on where it was.
 
-Under torchrun every process takes its part of each step, and gradients are averaged (DDP).
+Under torchrun every process takes its part of each step, as the setting `parallel` says.
 """
 
 import argparse
@@ -11,34 +11,29 @@ from dataclasses import MISSING, fields
 import torch.distributed as dist
 
 from mamba_fast.checkpoint_files import CheckpointError
-from mamba_fast.distributed import init_from_torchrun, wrap_ddp
-from mamba_fast.train import ConfigError, DataError, TrainConfig, load_config, train
+from mamba_fast.distributed import init_from_torchrun
+from mamba_fast.train import ConfigError, DataError, TrainConfig, load_config, processes_of, train
 from mamba_fast.train.config import packaged
 
 
 def main(arguments=None):
     options = parse(arguments)
     try:
-        among = processes(options.changes)
+        started = "LOCAL_RANK" in os.environ  # by torchrun
+        if started:
+            options.changes["device"] = str(init_from_torchrun())
         config = load_config(options.config, options.changes)
-        result = train(config, **among)
+        result = train(config, processes=processes_of(config) if started else None)
     except (ConfigError, DataError, CheckpointError, ImportError) as error:
         sys.exit(str(error))
-    if among:
+    if started:
+        rank = dist.get_rank()
         dist.destroy_process_group()
-        if among["rank"]:
+        if rank:
             return
     last = result.metrics[-1] if result.metrics else {}
     found = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.endswith(("loss", "accuracy")))
     print(f"{result.step} steps, {result.seconds:.0f} s, {found}: {result.out / 'curve.png'}")
-
-
-def processes(changes):
-    """What `train` needs to know of the processes that torchrun started, and the device, into `changes`."""
-    if "LOCAL_RANK" not in os.environ:
-        return {}
-    changes["device"] = str(init_from_torchrun())
-    return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "wrap": wrap_ddp}
 
 
 def parse(arguments):

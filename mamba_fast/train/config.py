@@ -17,12 +17,14 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "schedule": ("constant", "cosine"),
     "backend": ("", "torch", "numba", "triton", "cuda"),
+    "parallel": ("ddp", "fsdp", "sequence"),
 }
 AT_LEAST = {
     "batch_size": 1, "seqlen": 1, "accumulate": 1, "steps": 0, "warmup": 0, "lr": 0, "final_lr": 0,
     "weight_decay": 0, "clip": 0, "log_every": 1, "eval_every": 0, "eval_batches": 1, "save_every": 1,
 }  # fmt: skip
-FREE = ("out", "device", "log_every", "save_every")  # may differ when a run goes on
+FREE = ("out", "device", "log_every", "save_every", "parallel")  # may differ when a run goes on
+ROWS = ("batch_size", "accumulate")  # and these, where a step still takes the same rows
 
 
 class ConfigError(ValueError):
@@ -46,6 +48,8 @@ class TrainConfig:
     clip : largest norm of the gradient, 0 for none
     gradient_checkpointing : activations of one layer in memory, for one more forward
     graph : a step is one CUDA graph; for the generated tasks
+    parallel : how the processes of torchrun share a step: ddp, rows; fsdp, rows, parameters and the states
+        of the optimizer; sequence, slices of every row
     log_every, eval_every, eval_batches, save_every : in steps; eval_every 0 for no validation
     model : keywords of :class:`MambaConfig`; vocab_size is the data's if it is not given
     data : keywords of the task
@@ -71,6 +75,7 @@ class TrainConfig:
     clip: float = 1.0
     gradient_checkpointing: bool = False
     graph: bool = False
+    parallel: str = "ddp"
     log_every: int = 10
     eval_every: int = 0
     eval_batches: int = 8
@@ -107,10 +112,13 @@ class TrainConfig:
             return self.lr
         return cosine(self.lr, self.final_lr, (step - self.warmup) / max(1, self.steps - self.warmup))
 
-    def same_run(self, saved):
-        """ConfigError naming what differs from the settings `saved` with a checkpoint, if it matters."""
-        mine = asdict(self)
-        differ = [k for k in mine if k not in FREE and mine[k] != saved.get(k)]
+    def same_run(self, saved, same_rows):
+        """ConfigError naming what differs from the settings `saved` with a checkpoint, if it matters.
+
+        same_rows : a step takes as many rows as it did, of all processes together
+        """
+        mine, free = asdict(self), FREE + ROWS * same_rows
+        differ = [k for k in mine if k not in free and mine[k] != saved.get(k)]
         if differ:
             lines = [f"{k}: the run in {self.out} has {saved.get(k)!r}, got {mine[k]!r}" for k in differ]
             raise ConfigError("\n".join([*lines, "choose another `out`, or the same settings"]))

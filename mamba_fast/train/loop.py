@@ -26,7 +26,7 @@ class Result(NamedTuple):
     out: Path
 
 
-def train(config, *, model=None, data=None, hooks=(), rank=0, world_size=1, wrap=None):
+def train(config, *, model=None, data=None, hooks=(), processes=None):
     """Train by `config`, going on where the run in config.out was; a :class:`Result`.
 
     Parameters
@@ -35,26 +35,27 @@ def train(config, *, model=None, data=None, hooks=(), rank=0, world_size=1, wrap
     model, data : in place of those that the config describes
     hooks : each is called as hook(run, line) behind every validation, with the :class:`Run` and the line of
         metrics that will be written, to which it may add; one that returns True ends the run there
-    rank, world_size, wrap : of one of several processes: which rows it takes, and what it puts around the
-        loss (DistributedDataParallel, say). Rank 0 alone writes. All of them read the checkpoint.
+    processes : ``processes_of(config)`` where several of torch.distributed share the steps. All of them call
+        this, and read the checkpoint; rank 0 alone writes.
 
     In config.out: checkpoints/, metrics.jsonl, curve.png, and model/ when the run has ended. It can be
     killed at any moment; started again it takes the same steps to the bit.
     """
     with repeatable(config.deterministic):
-        run = Run(config, model, data, rank, world_size, wrap)
+        run = Run(config, model, data, processes)
         out = Path(config.out)
         found = checkpoint.load_latest(out / "checkpoints")
         if found:
             run.load_state(found[1])
         out.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(out / "metrics.jsonl", run.step) if rank == 0 else None
+        metrics = Metrics(out / "metrics.jsonl", run.step) if run.processes.rank == 0 else None
         if not run.finished:
             _take_steps(run, metrics, hooks)
-    if rank == 0:
+    whole = run.processes.whole(run.model)
+    if metrics:
         draw_curve(metrics.lines, out / "curve.png")
-        if isinstance(run.model, MambaLMHeadModel):
-            run.model.save_pretrained(out / "model")
+        if isinstance(whole, MambaLMHeadModel):
+            whole.save_pretrained(out / "model")
     return Result(run.model, run.step, metrics.lines if metrics else [], run.seconds, out)
 
 
@@ -62,7 +63,7 @@ def _take_steps(run, metrics, hooks):
     config = run.config
     advance = GraphedStep(run) if config.graph else run.advance
     clock = Clock(run)
-    with tqdm(total=config.steps, initial=run.step, unit="step", disable=run.rank != 0) as bar:
+    with tqdm(total=config.steps, initial=run.step, unit="step", disable=metrics is None) as bar:
         while run.step < config.steps and not run.finished:
             run.begin_step()
             loss, norm = advance()
@@ -71,7 +72,8 @@ def _take_steps(run, metrics, hooks):
             last = run.step == config.steps
             evaluating = config.eval_every and (last or run.step % config.eval_every == 0)
             if last or evaluating or run.step % config.log_every == 0:
-                line = {"step": run.step, "loss": float(loss), "grad_norm": float(norm), "lr": run.lr}
+                loss = float(run.processes.mean(loss))
+                line = {"step": run.step, "loss": loss, "grad_norm": float(norm), "lr": run.lr}
                 line |= clock.read(run)
                 if evaluating:
                     line |= evaluate(run.objective, run.data.validation(config.eval_batches))
@@ -81,8 +83,10 @@ def _take_steps(run, metrics, hooks):
                 if metrics:
                     metrics.add(line)
             run.finished |= last
-            if metrics and (run.finished or run.step % config.save_every == 0):
-                checkpoint.save(metrics.path.parent / "checkpoints", run.step, run.state())
+            if run.finished or run.step % config.save_every == 0:
+                state = run.state()
+                if metrics:
+                    checkpoint.save(metrics.path.parent / "checkpoints", run.step, state)
     run.finished = True
 
 
@@ -121,5 +125,6 @@ def evaluate(objective, batches):
             right += (logits.argmax(-1) == labels).sum().item()
     if not count:
         return {}
+    loss, right = objective.whole(loss, right)
     found = {"validation_loss": loss / count}
     return found | {"validation_accuracy": right / count} if batch.last else found

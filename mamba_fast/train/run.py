@@ -6,51 +6,13 @@ import random
 from dataclasses import asdict, replace
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from mamba_fast.config import MambaConfig
 from mamba_fast.init import param_groups
-from mamba_fast.loss import head_loss
 from mamba_fast.model import MambaLMHeadModel
-from mamba_fast.sequence import room_of, wide
 from mamba_fast.train.checkpoint import random_states, set_random_states
 from mamba_fast.train.config import DATA, ConfigError
-from mamba_fast.train.tasks import IGNORED
-
-
-class Objective(nn.Module):
-    """The loss of a model on a :class:`Batch`: mean cross-entropy of the labels that count, in float32.
-
-    model: a :class:`MambaLMHeadModel`, or a module that is called as one. dtype: of autocast. options:
-    keywords for its forward. A module, so that a data-parallel wrapper can hold it.
-    """
-
-    def __init__(self, model, dtype="float32", options=None):
-        super().__init__()
-        self.model, self.dtype, self.options = model, getattr(torch, dtype), options or {}
-
-    def forward(self, batch):
-        if batch.last or not isinstance(self.model, MambaLMHeadModel):
-            logits, labels = self.logits(batch)
-            return F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        with self._autocast(batch):
-            hidden_states = self.model.backbone(batch.input_ids, **self._options(batch))
-            room = room_of(self.options.get("backend"))
-            return head_loss(self.model.lm_head, hidden_states, batch.labels, IGNORED, room)
-
-    def logits(self, batch):
-        """Logits and labels of the tokens that may count: (B, last, V) and (B, last)."""
-        with self._autocast(batch):
-            logits = self.model(batch.input_ids, num_last_tokens=batch.last, **self._options(batch)).logits
-        return logits, batch.labels[:, -batch.last :]  # -0 is all of them
-
-    def _autocast(self, batch):
-        device = batch.input_ids.device.type
-        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _options(self, batch):
-        return self.options if batch.seq_idx is None else {**self.options, "seq_idx": batch.seq_idx}
+from mamba_fast.train.parallel import Processes
 
 
 class Run:
@@ -61,18 +23,17 @@ class Run:
     config : a :class:`TrainConfig`
     model, data : in place of those the config describes; data has seek, next, validation, batch_size,
         vocab_size and digest as :class:`TextData` and :class:`Generated` have them
-    rank, world_size : of several processes each takes its own rows of every step
-    wrap : what a data-parallel run puts around the :class:`Objective`
+    processes : of :func:`processes_of`, where several share the steps
     """
 
-    def __init__(self, config, model=None, data=None, rank=0, world_size=1, wrap=None):
+    def __init__(self, config, model=None, data=None, processes=None):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config = replace(config, device=device)
-        self.device, self.rank, self.world_size = torch.device(device), rank, world_size
+        self.device, self.processes = torch.device(device), processes or Processes()
         if config.graph and self.device.type != "cuda":
             raise ConfigError(f"graph: needs an NVIDIA GPU, got device {device!r}")
-        if config.graph and wrap:
-            raise ConfigError(f"graph: expected one process, got {world_size}")
+        if config.graph and processes:
+            raise ConfigError(f"graph: expected false with several processes, got true on {processes.ranks}")
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         self.data = DATA[config.task](config, **config.data) if data is None else data
@@ -80,8 +41,8 @@ class Run:
         options = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
         if config.backend:
             options["backend"] = config.backend
-        self.objective = Objective(self.model, config.dtype, options)
-        self.wrapped = wrap(self.objective) if wrap else self.objective
+        self.objective = self.processes.objective(self.model, config.dtype, options)
+        self.wrapped = self.processes.wrap(self.objective)
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, config.weight_decay), lr=config.lr, betas=tuple(config.betas),
@@ -90,10 +51,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.step, self.seconds, self.finished = 0, 0.0, False
         self._set_lr_place()
+        self.processes.settle(self)
 
     @property
     def rows_per_step(self):
-        return self.config.batch_size * self.config.accumulate * self.world_size
+        return self.config.batch_size * self.config.accumulate * self.processes.row_ranks
 
     def begin_step(self):
         """What a step needs from outside: the learning rate, and the place in the data."""
@@ -105,7 +67,7 @@ class Run:
             else:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-        mine = self.rank * self.config.batch_size * self.config.accumulate
+        mine = self.processes.row_rank * self.config.batch_size * self.config.accumulate
         self.data.seek(self.step * self.rows_per_step + mine)
 
     def advance(self):
@@ -124,16 +86,17 @@ class Run:
             total = total + loss.detach()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = self.processes.clip(self.model.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return total, norm
 
     def state(self):
-        """Everything a checkpoint needs to go on to the bit: tensors and plain values.
+        """Everything a checkpoint needs to go on to the bit: tensors and plain values, whole on rank 0.
 
         The learning rate and the place in the data are functions of `step`.
         """
+        model, optimizer = self.processes.state(self.model, self.optimizer)
         return {
             "step": self.step,
             "position": self.step * self.rows_per_step,
@@ -141,19 +104,24 @@ class Run:
             "finished": self.finished,
             "config": asdict(self.config),
             "data": self.data.digest,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "random": random_states(),
         }
 
     def load_state(self, state):
-        """Go on where :meth:`state` was; ConfigError if settings or data are others."""
-        self.config.same_run(state["config"])
-        if state["data"] != self.data.digest or state["position"] != state["step"] * self.rows_per_step:
-            raise ConfigError(f"data: the run in {self.config.out} was trained on other files or other ranks")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Go on where :meth:`state` was on rank 0; ConfigError if settings or data are others."""
+        step, position = state["step"], state["position"]
+        self.config.same_run(state["config"], same_rows=position == step * self.rows_per_step)
+        if position != step * self.rows_per_step:
+            raise ConfigError(
+                f"batch_size, accumulate: the run in {self.config.out} takes {position // step} rows a step, "
+                f"got {self.rows_per_step} with {self.processes.ranks} processes"
+            )
+        if state["data"] != self.data.digest:
+            raise ConfigError(f"data: the run in {self.config.out} was trained on other files")
+        self.processes.load(self.model, self.optimizer, state["model"], state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
         self.step, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]

@@ -30,6 +30,7 @@ from mamba_fast.train.config import packaged
         ({"steps": True}, "steps: expected int, got True"),
         ({"graph": 1}, "graph: expected bool, got 1"),
         ({"task": "texts"}, r"task: expected one of \('text', 'induction', 'copying'\), got 'texts'"),
+        ({"parallel": "tp"}, r"parallel: expected one of \('ddp', 'fsdp', 'sequence'\), got 'tp'"),
         ({"dtype": "half"}, "dtype: expected one of .*'float16'.*, got 'half'"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"lr": float("nan")}, "lr: expected at least 0, got nan"),

@@ -7,7 +7,7 @@ import torch
 from train_inputs import tiny, write_texts
 
 from mamba_fast import MambaLMHeadModel
-from mamba_fast.train import Run, evaluate, train
+from mamba_fast.train import Processes, Run, evaluate, train
 from mamba_fast.train.metrics import Metrics, read_metrics
 from mamba_fast.train.tasks import IGNORED
 from mamba_ref.checks import bound, check
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, texts):
 @pytest.mark.parametrize("task", ["text", "copying"])
 def test_ranks_share_the_rows_of_a_step(tmp_path, texts, task):
     settings = {"task": task, "batch_size": 2, "accumulate": 2}
-    ranks = [Run(tiny(tmp_path, **settings), rank=r, world_size=3) for r in range(3)]
+    ranks = [Run(tiny(tmp_path, **settings), processes=Processes(r, 3)) for r in range(3)]
     rows = []
     for run in ranks:
         run.step = 1

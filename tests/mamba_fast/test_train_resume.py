@@ -13,10 +13,10 @@ import pytest
 import torch
 from train_inputs import check_same_run, tiny, write_texts
 
-from mamba_fast.train import ConfigError, train
+from mamba_fast.train import ConfigError, Run, train
 from mamba_fast.train.checkpoint import load_latest
 from mamba_fast.train.metrics import read_metrics
-from mamba_ref.checks import bound, check
+from mamba_ref.checks import bounds, check
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = dict(
@@ -141,10 +141,11 @@ def test_on_a_gpu_the_rest_of_a_run_has_the_same_bits(tmp_path, graph):
     check_same_run(*result(Path(killed.out)), *result(Path(whole.out)))
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """torchrun with two ranks of one batch each: what one process gets from the two accumulated."""
+@pytest.mark.parametrize("kind", ["fsdp", "sequence"])  # copies are in test_train_parallel.py
+def test_two_processes_take_the_steps_of_one(tmp_path, kind):
+    """torchrun with two ranks: what one process gets from the batches of both, accumulated."""
     write_texts(tmp_path / "texts", seed=2)
-    config = tiny(tmp_path, out=str(tmp_path / "two"), save_every=2)
+    config = tiny(tmp_path, out=str(tmp_path / "two"), save_every=2, parallel=kind)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -152,10 +153,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().count("steps") == 1  # rank 0 alone tells
-    result = train(tiny(tmp_path, accumulate=2))
+    one = tiny(tmp_path, accumulate=1 if kind == "sequence" else 2)
+    plain = dict(train(one).model.named_parameters())
+    exact = tiny(tmp_path, out=str(tmp_path / "exact"), accumulate=one.accumulate)
+    model = Run(exact).model.double()  # the same weights: they come from the seed
+    want = dict(train(exact, model=model).model.named_parameters())
     _, state = load_latest(tmp_path / "two" / "checkpoints")
-    for name, p in result.model.named_parameters():
-        check(name, state["model"][name], p, bound(p, p))
-    both, one = (sum(line["tokens_per_s"] > 0 for line in read_metrics(tmp_path / name / "metrics.jsonl"))
-                 for name in ("two", "run"))  # fmt: skip
-    assert both == one == config.steps
+    for name, limit in bounds(plain, want).items():
+        check(name, state["model"][name], want[name], limit)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "run")]
+    assert [sum(line["tokens_per_s"] > 0 for line in found) for found in lines] == [config.steps] * 2
