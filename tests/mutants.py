@@ -289,13 +289,13 @@ CONVOLUTION = (
 
 BLOCK = (
     Mutant("out_proj's bias has one gradient for all", INNER + "fused_inner.py",
-           "dout.sum((0, 1), dtype=_wide(dout))", "dout.sum(dtype=_wide(dout)).expand_as(t.out_bias)",
+           "dout.sum(0)", "dout.sum().expand_as(t.out_bias)",
            INNERS + "test_every_option[numba-1-all]"),
     Mutant("the rows of B and C change places", INNER + "parts.py",
            "x_dbl[:, rank : rank + rows]", "x_dbl[:, x_dbl.shape[1] - rows :]",
            INNERS + "test_every_option[torch-1-plain]"),
     Mutant("u hears of its loss by the scan alone", INNER + "fused_inner.py",
-           "t.x_proj.T.expand(batch, -1, -1), dx_dbl)", "0 * t.x_proj.T.expand(batch, -1, -1), dx_dbl)",
+           "addmm_(t.x_proj.T, dx_dbl)", "addmm_(0 * t.x_proj.T, dx_dbl)",
            INNERS + "test_every_option[numba-1-plain]"),
     Mutant("the norm of delta is left out of the backward", INNER + "fused_inner.py",
            "ddelta, ddelta_rms = normed_backward(", "_, ddelta_rms = normed_backward(",

@@ -74,7 +74,7 @@ def test_a_level_keeps_what_it_says(backend, device):
     if backend == "torch":
         pytest.skip("autograd keeps everything on the torch backend")
     given = at_precision(inner_inputs(8, 2, 10, 33, absent=SLOW), torch.float32, device)
-    row = (2, 10, 33)  # (B, D, L)
+    row = (10, 66)  # (D, B L)
 
     def kept(level):
         saved = []
@@ -174,6 +174,17 @@ def test_no_gradient_and_inference_mode(backend, device):
     want = mamba_inner_fn(**given, backend=backend)
     with torch.inference_mode():
         assert torch.equal(mamba_inner_fn(**given, backend=backend), want)
+
+
+def test_out_can_be_changed_in_place(backend, device):
+    """As the sum with a residual stream does; autograd would refuse it for a view."""
+    given = at_precision(inner_inputs(19), torch.float32, device)
+    cotangent = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(1))
+    want = outcome(mamba_inner_fn, given, 2 * cotangent, backend=backend)
+    got = outcome(lambda **v: mamba_inner_fn(**v, backend=backend).mul_(2), given, cotangent)
+    limits = bounds(want, want)
+    assert torch.equal(got.pop("out"), 2 * want.pop("out"))
+    assert all(errors(got[k], want[k])[1] <= limits[k] for k in want)
 
 
 @pytest.mark.parametrize("batch, seqlen", [(0, 5), (2, 0)])

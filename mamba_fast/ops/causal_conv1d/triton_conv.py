@@ -139,10 +139,13 @@ def _power_of_2(n):
 _multiprocessors = functools.cache(lambda device: multiprocessors(torch.empty(0, device=device)))
 
 
-def forward(x, weight, bias, seq_idx, initial_states, silu, want_final):
-    """y (B, D, L) and final states (B, D, W - 1), which are empty if nobody wants them."""
+def forward(x, weight, bias, seq_idx, initial_states, silu, want_final, y=None):
+    """y (B, D, L) and final states (B, D, W - 1), which are empty if nobody wants them.
+
+    y is written into `y` if that is given, whatever its strides.
+    """
     _, channels, seqlen = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if y is None else y
     plan = _plan(x, "forward", y.stride())
     width = weight.shape[1]
     bias = None if bias is None else bias.contiguous()

@@ -1,6 +1,7 @@
-"""The block by the fused kernels: every tensor keeps its time steps where they are, nothing is rearranged.
+"""The block by the fused kernels, with every (B, F, L) in the memory of one matrix (F, B L).
 
-x_proj and delta_proj multiply from the left, so that Δ, B and C come out as the scan reads them.
+For a projection that matrix is an operand as it lies, one product for all tokens. For the convolution and
+the scan it is (B, F, L) with strides (L, B L, 1), each row of time steps side by side.
 """
 
 import importlib
@@ -9,26 +10,37 @@ import torch
 import torch.nn.functional as F
 
 from mamba_fast.ops.causal_conv1d.torch_conv import causal_conv_torch
-from mamba_fast.ops.mamba_inner.parts import biased, matrix, normed, normed_backward, split_rows
+from mamba_fast.ops.mamba_inner.parts import (
+    as_batch,
+    as_matrix,
+    biased,
+    matrix,
+    normed,
+    normed_backward,
+    split_rows,
+)
 from mamba_fast.ops.rooms import on_device_of
 from mamba_fast.ops.selective_scan.registration import _room
 
 
 def forward(t, settings, keep):
-    """out (B, L, E), and what the backward needs if `keep`: x_dbl, y, states; at level 0 also u and delta."""
-    batch = t.xz.shape[0]
+    """out (B, L, E), and what the backward needs if `keep`: x_dbl, y, states; at level 0 also u and delta.
+
+    All of these but the states are matrices, (F, B L).
+    """
+    batch, _, seqlen = t.xz.shape
     x, z = t.xz.chunk(2, dim=1)
     u = _conv(x, t, settings)
-    x_dbl = torch.bmm(t.x_proj.expand(batch, -1, -1), u)  # (B, R + 2N, L)
-    _, delta, B, C = _scan_inputs(t, settings, x_dbl)
+    x_dbl = torch.mm(t.x_proj, as_matrix(u))  # (R + 2N, B L)
+    _, delta, B, C = _scan_inputs(t, settings, x_dbl, batch)
     y, _, states = _room(settings.scan).forward(
         u, delta, t.A, B, C, t.D, z, t.delta_bias, None, None, settings.softplus, False, batch, keep
     )
-    weight = t.out_proj.T.expand(batch, -1, -1)
-    out = torch.bmm(y.mT, weight) if t.out_bias is None else torch.baddbmm(t.out_bias, y.mT, weight)
+    y = as_matrix(y)
+    out = _narrow(y, t, batch, seqlen)
     if not keep:
         return out, ()
-    return out, (x_dbl, y, states, *((u, delta) if settings.level == 0 else ()))
+    return out, (x_dbl, y, states, *((as_matrix(u), as_matrix(delta)) if settings.level == 0 else ()))
 
 
 def backward(dout, t, settings, kept):
@@ -36,42 +48,58 @@ def backward(dout, t, settings, kept):
     batch = t.xz.shape[0]
     x_dbl, y, states, *rest = kept
     x, z = t.xz.chunk(2, dim=1)
-    u = rest[0] if rest else _conv(x, t, settings)
-    dt, delta, B, C = _scan_inputs(t, settings, x_dbl, rest[1] if rest else None)
-    dout_proj = _summed(torch.bmm(dout.mT, y.mT), t.out_proj)
-    dout_bias = None if t.out_bias is None else dout.sum((0, 1), dtype=_wide(dout)).to(t.out_bias.dtype)
-    dy = torch.bmm(t.out_proj.T.expand(batch, -1, -1), dout.mT)  # (B, D, L)
-    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, _ = _room(settings.scan).backward(
-        dy, t.A.new_zeros(batch, *t.A.shape), u, delta, t.A, B, C, t.D, z, t.delta_bias, None,
-        settings.softplus, False, batch, states, None, torch.are_deterministic_algorithms_enabled(),
+    dxz = torch.empty_like(t.xz)
+    dx, dz = dxz.chunk(2, dim=1)
+    u = as_batch(rest[0], batch) if rest else _conv(x, t, settings)
+    dt, delta, B, C = _scan_inputs(t, settings, x_dbl, batch, rest[1] if rest else None)
+    dout = dout.flatten(0, 1)  # (B L, E)
+    dout_proj = torch.mm(dout.T, y.T)
+    dout_bias = None if t.out_bias is None else dout.sum(0)
+    dy = as_batch(torch.mm(t.out_proj.T, dout.T), batch)
+    dlast = None if settings.scan == "cuda" else t.A.new_zeros(batch, *t.A.shape)  # of an unused last state
+    du, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = _room(settings.scan).backward(
+        dy, dlast, u, delta, t.A, B, C, t.D, z, t.delta_bias, None, settings.softplus, False, batch, states,
+        None, torch.are_deterministic_algorithms_enabled(), dz=dz,
     )  # fmt: skip
     if t.delta_rms is not None:
-        delta = torch.bmm(t.delta_proj.expand(batch, -1, -1), dt)  # before its norm
+        delta = as_batch(torch.mm(t.delta_proj, dt), batch)  # before its norm
     ddelta, ddelta_rms = normed_backward(ddelta, delta, t.delta_rms, settings.eps)
-    _, B_rows, C_rows = split_rows(t, x_dbl)
+    _, B_rows, C_rows = split_rows(t, as_batch(x_dbl, batch))
     dB_rows, dB_bias, dB_rms, dB = _matrix_backward(dB, t.B, B_rows, t.B_bias, t.B_rms, settings.eps)
     dC_rows, dC_bias, dC_rms, dC = _matrix_backward(dC, t.C, C_rows, t.C_bias, t.C_rms, settings.eps)
-    ddt = torch.bmm(t.delta_proj.T.expand(batch, -1, -1), ddelta)
-    dx_dbl = torch.cat([v for v in (ddt, dB_rows, dC_rows) if v is not None], dim=1)
-    ddelta_proj = _summed(torch.bmm(ddelta, dt.mT), t.delta_proj)
-    dx_proj = _summed(torch.bmm(dx_dbl, u.mT), t.x_proj)
-    du = torch.baddbmm(du, t.x_proj.T.expand(batch, -1, -1), dx_dbl)
-    dxz = torch.empty_like(t.xz)
-    dx_place, dz_place = dxz.chunk(2, dim=1)
-    dz_place.copy_(dz)
-    dconv_weight, dconv_bias = _conv_backward(du, x, t, settings, dx_place)
+    ddelta, u = as_matrix(ddelta), as_matrix(u)
+    dx_dbl = torch.empty_like(x_dbl)
+    torch.mm(t.delta_proj.T, ddelta, out=dx_dbl[: len(dt)])
+    _write_rows(dx_dbl[len(dt) :], dB_rows, dC_rows)
+    ddelta_proj = torch.mm(ddelta, dt.T)
+    dx_proj = torch.mm(dx_dbl, u.T)
+    du = as_batch(as_matrix(du).addmm_(t.x_proj.T, dx_dbl), batch)
+    dconv_weight, dconv_bias = _conv_backward(du, x, t, settings, dx)
     return (
         dxz, dconv_weight, dconv_bias, dx_proj, ddelta_proj, dout_proj, dout_bias, dA, dB, dC, dD,
         ddelta_bias, dB_bias, dC_bias, dB_rms, dC_rms, ddelta_rms,
     )  # fmt: skip
 
 
-def _scan_inputs(t, settings, x_dbl, delta=None):
-    """Δ's rank (B, R, L), delta (B, D, L), B and C (B, G, N, L)."""
-    dt, B, C = split_rows(t, x_dbl)
+def _narrow(y, t, batch, seqlen):
+    """out (B, L, E), no view of the product: autograd forbids to change a view in place."""
+    out = y.new_empty(batch, seqlen, len(t.out_proj))
+    tokens = out.flatten(0, 1)
+    if t.out_bias is None:
+        torch.mm(y.T, t.out_proj.T, out=tokens)
+    else:
+        torch.addmm(t.out_bias, y.T, t.out_proj.T, out=tokens)
+    return out
+
+
+def _scan_inputs(t, settings, x_dbl, batch, delta=None):
+    """Δ's rank as a matrix (R, B L), delta (B, D, L), B and C (B, G, N, L)."""
+    dt, B, C = split_rows(t, as_batch(x_dbl, batch))
+    dt = as_matrix(dt)
     if delta is None:
-        delta = torch.bmm(t.delta_proj.expand(len(dt), -1, -1), dt)
-        delta = normed(delta, t.delta_rms, settings.eps)
+        delta = normed(as_batch(torch.mm(t.delta_proj, dt), batch), t.delta_rms, settings.eps)
+    else:
+        delta = as_batch(delta, batch)
     B = matrix(t.B, B, t.B_bias, t.B_rms, settings.eps)
     return dt, delta, B, matrix(t.C, C, t.C_bias, t.C_rms, settings.eps)
 
@@ -85,9 +113,11 @@ def _matrix_backward(dM, given, rows, bias, rms, eps):
     return drows, dbias, drms, None
 
 
-def _summed(products, weight):
-    """A weight's gradient from its shares (B, ., .): added up in float32, rounded once."""
-    return products.sum(0, dtype=_wide(products)).to(weight.dtype)
+def _write_rows(place, *rows):
+    """What is there of the rows (B, F, L), one after the other, into place (., B L): one launch."""
+    rows = [v.transpose(0, 1) for v in rows if v is not None]
+    if rows:
+        torch.cat(rows, out=place.view(len(place), *rows[0].shape[1:]))
 
 
 def _wide(v):
@@ -95,11 +125,13 @@ def _wide(v):
 
 
 def _conv(x, t, settings):
-    """u = SiLU(conv(x)), (B, D, L)."""
+    """u = SiLU(conv(x)), (B, D, L), in the memory of a matrix whatever the layout of x."""
+    batch, channels, seqlen = x.shape
     if settings.conv == "torch":
-        return causal_conv_torch(x, t.conv_weight, t.conv_bias, None, None, True)
+        return as_batch(as_matrix(causal_conv_torch(x, t.conv_weight, t.conv_bias, None, None, True)), batch)
+    u = as_batch(x.new_empty(channels, batch * seqlen), batch)
     with on_device_of(x):
-        return _triton_conv().forward(x, t.conv_weight, t.conv_bias, None, None, True, False)[0]
+        return _triton_conv().forward(x, t.conv_weight, t.conv_bias, None, None, True, False, y=u)[0]
 
 
 def _conv_backward(du, x, t, settings, dx):

@@ -42,6 +42,16 @@ class Settings(NamedTuple):
     scan: str
 
 
+def as_matrix(v):
+    """(B, F, L) as (F, B L), one column a token: a view if v has the strides of :func:`as_batch`."""
+    return v.transpose(0, 1).flatten(1)
+
+
+def as_batch(matrix, batch):
+    """(F, B L) as (B, F, L) with strides (L, B L, 1): a view."""
+    return matrix.view(len(matrix), batch, matrix.shape[1] // batch).transpose(0, 1)
+
+
 def split_rows(t, x_dbl):
     """The rows of x_dbl (B, R + 2N, L) for Δ, B and C; None for a B or C that is given."""
     rank = t.delta_proj.shape[1]

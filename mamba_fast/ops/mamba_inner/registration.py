@@ -69,9 +69,10 @@ def _(xz, conv_weight, conv_bias, x_proj, delta_proj, out_proj, out_bias, A, *re
     out = xz.new_empty(batch, seqlen, out_proj.shape[0])
     if not keep:
         return [out]
-    rows = [xz.new_empty(batch, twice // 2, seqlen) for _ in range(1 if level else 3)]
+    tokens = batch * seqlen
+    rows = [xz.new_empty(twice // 2, tokens) for _ in range(1 if level else 3)]
     states = A.new_empty(batch, -(-seqlen // _room(scan).CHUNK), *A.shape)
-    return [out, xz.new_empty(batch, x_proj.shape[0], seqlen), rows[0], states, *rows[1:]]
+    return [out, xz.new_empty(x_proj.shape[0], tokens), rows[0], states, *rows[1:]]
 
 
 @torch.library.custom_op("mamba_fast::mamba_inner_backward", mutates_args=())
