@@ -148,9 +148,31 @@ static float from_right(float v, float edge, int hop) {
   float w = __shfl_down_sync(~0u, v, hop);
   return threadIdx.x % 32 + hop < 32 ? w : edge;
 }
-static void add_global(float* to, float4 v) {
+static uint4 load_global(const uint4* from) {
+  if ((uintptr_t)from % 16) abort();
+  return *from;
+}
+static void store_global(uint4* to, uint4 v) {
   if ((uintptr_t)to % 16) abort();
-  to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+  *to = v;
+}
+static void add_global(float* to, float first, float second) {
+  if ((uintptr_t)to % 8) abort();
+  to[0] += first, to[1] += second;
+}
+static float upper(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+static float rest(float v) { return v - upper(v); }
+static float operands[2048][6];
+static void add_product(float4& sum, float a0, float a1, float a2, float a3, float b0, float b1) {
+  int me = threadIdx.x, base = me / 32 * 32, row = me % 32 / 4, column = me % 4;
+  float mine[6] = {a0, a1, a2, a3, b0, b1};
+  for (int i = 0; i < 6; i++) operands[me][i] = upper(mine[i]);
+  wait_for(1);
+  float* out[4] = {&sum.x, &sum.y, &sum.z, &sum.w};
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 8; k++)
+      *out[i] += operands[base + 4 * row + k % 4][i / 2 + k / 4 * 2] * operands[base + 4 * (2 * column + i % 2) + k % 4][4 + k / 4];
+  wait_for(1);
 }
 // What step_machine.cuh gives; a grid of one block meets nobody.
 struct alignas(8) uint2 { uint32 x, y; };

@@ -22,13 +22,12 @@ CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Prescribe how calls are cut: cut(forward kind, backward kind), with `stretched` in many stretches."""
+    """Prescribe how calls are cut: cut(forward kind, backward kind), in many stretches or in one."""
 
     def prescribe(forward, backward, stretched=False):
-        if stretched:
-            monkeypatch.setattr(cuda_plan, "_WARPS_A_MULTIPROCESSOR", 10**6)
+        monkeypatch.setattr(cuda_plan, "_ENOUGH", 10**6 if stretched else 0)
         for name, kind in (("cut_forward", forward), ("cut_backward", backward)):
-            monkeypatch.setattr(cuda_plan, name, lambda *size, kind=kind: cuda_plan._cut(*kind, *size))
+            monkeypatch.setattr(cuda_plan, name, lambda *size, kind=kind: cuda_plan._cut(*kind, 10**6, *size))
         forget()
 
     def forget():
@@ -42,7 +41,7 @@ def cut(monkeypatch):
 
 # Lanes, steps and the rest of every row of the tables in cuda_plan, and some beside them.
 FORWARD = sorted({*cuda_plan.FORWARD.values(), (8, 16, 2048, 4, 1), (16, 16, 2048, 3, 2), (8, 8, 512, 8, 1)})
-BACKWARD = sorted({*cuda_plan.BACKWARD.values(), cuda_plan.SHORT, (32, 8, 1024, 3, 2)})
+BACKWARD = [cuda_plan.BACKWARD, (8, 8, 512, 4, 1), (8, 8, 1024, 3, 2)]
 KINDS = [
     (FORWARD[k % len(FORWARD)], BACKWARD[k % len(BACKWARD)]) for k in range(max(len(FORWARD), len(BACKWARD)))
 ]
@@ -58,7 +57,7 @@ def test_every_cut_of_a_warp(cut, kinds, dtype):
 @pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
 @pytest.mark.parametrize("B, C", [("variable", "grouped"), ("constant", "variable")])
 def test_a_sequence_cut_into_stretches(cut, packing, B, C):
-    cut(FEW, cuda_plan.SHORT, stretched=True)
+    cut(FEW, cuda_plan.BACKWARD, stretched=True)
     inputs = scan_inputs(2, 1, 6, 1328, 2, B=B, C=C, initial_state=False)
     rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else 1
     inputs["initial_state"] = torch.randn(rows, 6, 2).double()
@@ -68,7 +67,7 @@ def test_a_sequence_cut_into_stretches(cut, packing, B, C):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups):
-    cut(FEW, cuda_plan.SHORT)
+    cut(FEW, cuda_plan.BACKWARD)
     monkeypatch.setattr(cuda_plan, "passes", lambda *args: 3)
     inputs = scan_inputs(3, 2, 70, 40, 2, groups=groups)
 
@@ -113,10 +112,10 @@ def test_strides_of_more_than_31_bits(monkeypatch):
 
 def test_less_shared_memory_gives_the_same_result(cut, monkeypatch):
     """As on GPUs that give a block less than 100 KB: fewer rows of B and C at a time."""
-    cut(FEW, cuda_plan.SHORT)
+    cut(FEW, cuda_plan.BACKWARD)
     inputs = at_precision(scan_inputs(7, 1, 6, 200, 16), torch.float32, DEVICE)
     want = selective_scan_fn(**inputs, backend="cuda")
-    cut(FEW, cuda_plan.SHORT)
+    cut(FEW, cuda_plan.BACKWARD)
     monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: 48 * 1024)
     got = selective_scan_fn(**inputs, backend="cuda")
     assert errors(got, want)[1] == 0

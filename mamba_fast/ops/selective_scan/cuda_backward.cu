@@ -3,18 +3,20 @@
 // flow_{t-1} = A_bar_t g_t against the tokens, and adds what n gives to du, ddelta and dz in registers. What n gives
 // to dB and dC is summed over the channels of the block in shared memory.
 
-constexpr int PART = 2 * QUADS * 32;                 // float4s of dB and dC of a warp
-constexpr int OUTPUTS = 2 * ROW;                     // float4s of dB and dC of a block
-static_assert(OUTPUTS <= THREADS, "a thread for every four tokens of dB and dC");
+static_assert(LANES == 8 && STEPS == 8, "the sums of a warp over its channels are a fragment of a matrix product");
+constexpr int GROUP = 4;                             // ordered sums: states between two barriers
 constexpr int TENSORS = 3 + HAS_Z;
+constexpr int SHARES = N <= 64 ? LANES : 1;          // places of a channel for dA: one a lane where there is room
 
-// Then the shared memory of a block holds, in float4s: delta, u, dy and z of each warp, dB and dC of each warp (two
-// buffers), (A, state entering the tile, flow entering it from the right, dA) of each channel and n; in floats: the
-// states entering the next tile, dD and ddelta_bias of each channel, and the gradients of a constant B and C.
-constexpr int ALL_PARTS = ROWS + TENSORS * SLOTS * WARPS, RUNNING = ALL_PARTS + 2 * WARPS * PART;
-constexpr int ENTERING = 4 * (RUNNING + BLOCK_D * ROW_A), SUMS = ENTERING + BLOCK_D * N, CONSTANTS = SUMS + 2 * BLOCK_D;
+// Then the shared memory of a block holds, in float4s: delta, u, dy and z of each warp (two buffers), the Ones of a warp's lanes; for
+// ordered sums dB and dC of each warp for a group of states (two buffers); (A, state entering the tile, flow entering it
+// from the right; the flow that leaves it) of each channel and n; in floats: the states entering the next tile, dA, dD
+// and ddelta_bias of each channel, and the gradients of a constant B and C. The two flows change places at every tile.
+constexpr int ALL_SLOTS = TENSORS * SLOTS * WARPS, ALL_ONES = ROWS + 2 * ALL_SLOTS, ALL_PARTS = ALL_ONES + 64, PARTS_OF_A_GROUP = GROUP * THREADS;
+constexpr int RUNNING = ALL_PARTS + (ORDERED ? 2 * PARTS_OF_A_GROUP : 0), ENTERING = 4 * (RUNNING + BLOCK_D * ROW_A);
+constexpr int ALL_DA = ENTERING + BLOCK_D * N, SUMS = ALL_DA + BLOCK_D * SHARES * N, CONSTANTS = SUMS + 2 * BLOCK_D;
 
-// The inputs of a lane's steps, and what they have gathered from the states so far.
+// The inputs of a lane's steps, and what they have gathered from the states so far. delta and total: times log2 e.
 struct Steps {
   float delta[STEPS], du[STEPS], dy[STEPS], y[STEPS], gB[STEPS], ddelta[STEPS], total;
 };
@@ -26,18 +28,46 @@ __device__ __forceinline__ float sum_lanes(float v) {
   return v;
 }
 
-// State n of a tile in one warp. Leaves dB and dC of its steps in `part`, and in dA what its steps give to dA: its sum over
-// the lanes is taken with the next state, beside whose scans its shuffles cost no time.
+// Where sums go: zeros and ones of a lane, for add_pair. From shared memory they take fewer instructions than to find.
+union Ones {
+  float4 quads[2];
+  float2 pairs[4];
+};
+
+__device__ __forceinline__ void write_ones(float4* memory, int lane) {
+  float* ones = reinterpret_cast<float*>(memory + ALL_ONES + lane);
+  for (int i = 0; i < 8; i++) ones[i / 4 * 128 + i % 4] = lane / 4 == i ? 1.f : 0.f;
+}
+
+__device__ __forceinline__ Ones read_ones(const float4* memory, int lane) {
+  Ones ones;
+  ones.quads[0] = memory[ALL_ONES + lane], ones.quads[1] = memory[ALL_ONES + 32 + lane];
+  return ones;
+}
+
+// What dB and dC of two neighbouring tokens add up to over the four channels of the warp: a product with zeros and ones.
+// Lane l ends with dB (x, y) and dC (z, w) of tokens 2 l and 2 l + 1 of the tile. The product reads the upper 11 bits of
+// a number: enough beside bfloat16, where what is lost on average is made up for (see KEPT in cuda_plan.py), else the
+// rest is added too.
+__device__ __forceinline__ void add_pair(float4& sum, int pair, const Ones& ones, float dB0, float dB1, float dC0, float dC1) {
+  const float2 one = ones.pairs[pair];
+  if (IO != 2) add_product(sum, rest(dB0), rest(dC0), rest(dB1), rest(dC1), one.x, one.y);
+  add_product(sum, dB0, dC0, dB1, dC1, one.x, one.y);
+}
+
+// State n of a tile in one warp; returns dB and dC as add_pair leaves them. `parity` says which of the two flows of
+// `running` enters, and the other one leaves.
 template <bool CUT>
-__device__ __forceinline__ void one_state(const Params& p, const Place& w, const Cuts& cut, Steps& s, float4* running,
-                                          const float4* const* rows, int n, float4* part, float* constants,
-                                          const int* seq, float& dA) {
+__device__ __forceinline__ float4 one_state(const Params& p, const Place& w, const Cuts& cut, Steps& s, float4* running,
+                                          const float4* const* rows, const Ones& ones, int n, float* dA_place, float* constants,
+                                            const int* seq, int parity) {
   const int64 table_row = (int64)p.channels * N, table_at = (int64)w.d * N + n;
   const float4 state = *running;
-  const float A = state.x, A2 = A * LOG2E, B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + n * p.B_n] : 0.f,
+  const float A = state.x, B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + n * p.B_n] : 0.f,
               C_here = C_CONSTANT ? p.C_constant[w.d * p.C_g + n * p.C_n] : 0.f;
-  float decay = ex2(A2 * s.total), decay_right = decay, h_end = w.j == 0 ? state.y : 0.f,
-        flow = w.j == LANES - 1 ? state.z : 0.f, a[STEPS], h[STEPS];
+  const float entering = parity ? state.w : state.z;  // the other one leaves: 3 - parity is its place
+  float decay = ex2(A * s.total), decay_right = decay, h_end = w.j == 0 ? state.y : 0.f,
+        flow = w.j == LANES - 1 ? entering : 0.f, dA = SHARES > 1 ? *dA_place : 0.f, a[STEPS], h[STEPS];
   auto row = [&](bool of_C, int q, float* out) {
     float4 v = (of_C ? C_CONSTANT : B_CONSTANT) ? (of_C ? make_float4(C_here, C_here, C_here, C_here)
                                                         : make_float4(B_here, B_here, B_here, B_here))
@@ -57,7 +87,7 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int k = 4 * q + i;
-      a[k] = ex2(A2 * s.delta[k]);
+      a[k] = ex2(A * s.delta[k]);
       h[k] = s.du[k] * Bs[i];
       if (CUT && cut.starts >> k & 1) {  // from here on h[k] holds Delta_t u_t B_t alone: see below for the table's part
         float from_table = VARLEN && p.table ? a[k] * p.table[seq[k] * table_row + table_at] : 0.f;
@@ -96,9 +126,8 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
     round_from_right<true>(flow, decay_right, LANES / 2 * CHANNELS);
   }
   const float h_in = from_left(h_end, state.y, CHANNELS);
-  float f = from_right(flow, state.z, CHANNELS), dB_sum = 0.f, dC_sum = 0.f;
-  const float dA_before = sum_lanes(dA);
-  dA = 0.f;
+  float f = from_right(flow, entering, CHANNELS), dB_sum = 0.f, dC_sum = 0.f;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   {
     float v = h_in;
 #pragma unroll
@@ -133,90 +162,93 @@ __device__ __forceinline__ void one_state(const Params& p, const Place& w, const
       }
     }
     if (B_CONSTANT) dB_sum += dBs[0] + dBs[1] + dBs[2] + dBs[3];
-    else part[q * 32] = make_float4(dBs[0], dBs[1], dBs[2], dBs[3]);
     if (C_CONSTANT) dC_sum += dCs[0] + dCs[1] + dCs[2] + dCs[3];
-    else part[PART / 2 + q * 32] = make_float4(dCs[0], dCs[1], dCs[2], dCs[3]);
+    if (!B_CONSTANT || !C_CONSTANT) {
+      add_pair(sum, 2 * q + 1, ones, dBs[2], dBs[3], dCs[2], dCs[3]);
+      add_pair(sum, 2 * q, ones, dBs[0], dBs[1], dCs[0], dCs[1]);
+    }
   }
+  if (SHARES > 1) *dA_place = dA;
+  else dA = sum_lanes(dA);
   if (B_CONSTANT) dB_sum = sum_lanes(dB_sum);
   if (C_CONSTANT) dC_sum = sum_lanes(dC_sum);
-  __syncwarp();  // every lane has read the running numbers
   if (w.j == 0) {
-    running->z = flow;
-    if (n > 0) running[-1].w += dA_before;
+    reinterpret_cast<float*>(running)[3 - parity] = flow;
+    if (SHARES == 1) *dA_place += dA;
     if (B_CONSTANT) constants[0] += dB_sum;
     if (C_CONSTANT) constants[1] += dC_sum;
   }
+  return sum;
 }
 
-// The four tokens of dB or of dC that a thread sums over the channels of the block, for one n after another.
-struct Share {
-  const float4* from;  // in the parts of the first warp
-  float* to;           // of n = 0 and t0 = 0
-  int turn, t;         // each lane starts at another channel: other banks
-  bool here;
+// Where two tokens of dB and of dC go, of one state after another. Rows of p.dB and p.dC end with a tile.
+struct Target {
+  float *dB, *dC;
 };
 
-__device__ __forceinline__ Share find_share(const Params& p, float4* memory, const Block& k, int slot) {
-  constexpr int GROUP = 8 / CHANNELS > 0 ? 8 / CHANNELS : 1;
-  const int out = thread_number(), of_C = out / ROW, q = out % ROW / LANES, j = out % LANES;
-  const int span = of_C ? p.C_span : p.B_span, groups = p.channels / span, group = min(k.d_block, p.channels - 1) / span;
-  Share s;
-  s.t = j * STEPS + 4 * q;
-  s.turn = j / GROUP % CHANNELS;
-  s.from = memory + ALL_PARTS + of_C * (PART / 2) + q * 32 + j * CHANNELS;
-  s.to = (of_C ? p.dC + slot * p.dC_slot : p.dB + slot * p.dB_slot) + ((int64)k.b * groups + group) * N * p.padded + s.t;
-  s.here = out < OUTPUTS && !(of_C ? C_CONSTANT : B_CONSTANT);
-  return s;
+__device__ __forceinline__ Target find_target(const Params& p, const Block& k, int n, int t) {
+  const int64 at = (int64)n * p.padded + t;
+  return {p.dB + k.dB_row + at, p.dC + k.dC_row + at};
 }
 
-// To p.dB and p.dC at `to`, in any order (ORDERED 0), or by the one thread that writes there.
-__device__ __forceinline__ void add_matrices(const float4* from, int turn, float* to, bool fresh) {
-  float4 sum = from[turn];
-#pragma unroll
-  for (int e = 0; e < CHANNELS; e++)
-#pragma unroll
-    for (int v = e == 0; v < WARPS; v++) {
-      float4 one = from[(e ^ turn) + v * PART];
-      sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
-    }
+// In any order, or by the one thread that writes there.
+__device__ __forceinline__ void add_matrix(float* to, float first, float second, bool fresh) {
   if (!ORDERED) {
-    add_global(to, sum);
+    add_global(to, first, second);
   } else {
-    float4* own = reinterpret_cast<float4*>(to);
-    if (!fresh) sum.x += own->x, sum.y += own->y, sum.z += own->z, sum.w += own->w;
-    *own = sum;
+    float2* own = reinterpret_cast<float2*>(to);
+    if (!fresh) first += own->x, second += own->y;
+    *own = make_float2(first, second);
   }
 }
 
+__device__ __forceinline__ void add_matrices(const Target& target, float4 sum, bool fresh) {
+  if (!B_CONSTANT) add_matrix(target.dB, sum.x, sum.y, fresh);
+  if (!C_CONSTANT) add_matrix(target.dC, sum.z, sum.w, fresh);
+}
+
+// Ordered: dB and dC of `count` states from n on, summed over the warps, a state a warp.
+__device__ __forceinline__ void add_group(const Params& p, const Block& k, const float4* parts, int n, int count, int t0, bool fresh) {
+  const int thread = thread_number(), m = thread / 32;
+  if (m >= count) return;
+  float4 sum = parts[thread];
+#pragma unroll
+  for (int v = 1; v < WARPS; v++) {
+    float4 one = parts[v * 32 * GROUP + thread];
+    sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
+  }
+  add_matrices(find_target(p, k, n + m, t0 + 2 * (thread % 32)), sum, fresh);
+}
+
 // The sums over n become du, ddelta and dz of a lane's steps. slots: u, delta, dy and z of the tile once more.
-__device__ __forceinline__ float finish_tile(const Params& p, const Place& w, const Steps& s, const uint4* slots, int t, int left) {
+__device__ __forceinline__ float finish_tile(const Params& p, const Block& k, const Place& w, const Steps& s, const uint4* slots, int t, int left) {
   const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
   float in[STEPS], out[STEPS], dbias = 0.f;
-  auto again = [&](int slot, const io_t* tensor, int64 stride_b, int64 stride_d, int64 stride_l, float* to) {
+  auto again = [&](int slot, const io_t* tensor, int64 stride_d, int64 stride_l, float* to) {
     if (WIDE_ROWS) receive_tile(slots + slot * SLOTS, w, to);
-    else load_steps(row_of(tensor, stride_b, stride_d, w.b, w.d) + steps_of(t, stride_l), stride_l, left, to);
+    else load_steps(row_of(tensor, stride_d, w.d) + steps_of(t, stride_l), stride_l, left, to);
   };
   if (HAS_Z) {
-    again(3, p.z, p.z_b, p.z_d, p.z_l, in);
-    again(2, p.dy, p.dy_b, p.dy_d, p.dy_l, out);
+    again(3, k.z, p.z_d, p.z_l, in);
+    again(2, k.dy, p.dy_d, p.dy_l, out);
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
       const float v = sigmoid(in[i]);
       out[i] = out[i] * s.y[i] * v * fmaf(in[i], 1.f - v, 1.f);
     }
-    store_steps(row_of(p.dz, p.dz_b, p.dz_d, w.b, w.d) + steps_of(t, p.dz_l), p.dz_l, left, out);
+    store_steps(row_of(k.dz, p.dz_d, w.d) + steps_of(t, p.dz_l), p.dz_l, left, out);
   }
 #pragma unroll
-  for (int i = 0; i < STEPS; i++) out[i] = fmaf(s.gB[i], s.delta[i], s.dy[i] * skip);
-  store_steps(row_of(p.du, p.du_b, p.du_d, w.b, w.d) + steps_of(t, p.du_l), p.du_l, left, out);
-  again(1, p.u, p.u_b, p.u_d, p.u_l, in);
-  again(0, p.delta, p.delta_b, p.delta_d, p.delta_l, out);
+  for (int i = 0; i < STEPS; i++) out[i] = fmaf(s.gB[i] * LN2, s.delta[i], s.dy[i] * skip);
+  store_steps(row_of(k.du, p.du_d, w.d) + steps_of(t, p.du_l), p.du_l, left, out);
+  again(1, k.u, p.u_d, p.u_l, in);
+  again(0, k.delta, p.delta_d, p.delta_l, out);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
     const float slope = SOFTPLUS ? sigmoid(out[i] + bias) : 1.f;
     out[i] = fmaf(s.gB[i], in[i], s.ddelta[i]) * slope;
     if (i < left) dbias += out[i];
   }
-  store_steps(row_of(p.ddelta, p.ddelta_b, p.ddelta_d, w.b, w.d) + steps_of(t, p.ddelta_l), p.ddelta_l, left, out);
+  store_steps(row_of(k.ddelta, p.ddelta_d, w.d) + steps_of(t, p.ddelta_l), p.ddelta_l, left, out);
   return dbias;
 }

@@ -1,30 +1,40 @@
 // The walk of a block over its tiles.
 
 __device__ __forceinline__ void request_states(const Params& p, const Place& w, float* entering, int t0) {
+  constexpr int AT_ONCE = N % 4 ? 1 : 4;
   const float* from = p.states + (((int64)w.b * p.chunks + t0 / CHUNK) * p.channels + w.d) * N;
-  for (int n = w.j; n < N; n += LANES) copy_async_word(entering + w.local * N + n, from + n);
+#pragma unroll 1
+  for (int n = w.j * AT_ONCE; n < N; n += LANES * AT_ONCE) {
+    if (N % 4) copy_async_word(entering + w.local * N + n, from + n);
+    else copy_async(entering + w.local * N + n, from + n, 16);
+  }
 }
 
-__device__ __forceinline__ void request_inputs(const Params& p, const Place& w, uint4* slots, int t0) {
+__device__ __forceinline__ uint4* slots_of(float4* memory, const Place& w, int buffer) {
+  return reinterpret_cast<uint4*>(memory + ROWS) + buffer * ALL_SLOTS + w.warp * TENSORS * SLOTS;
+}
+
+__device__ __forceinline__ void request_inputs(const Params& p, const Block& k, const Place& w, uint4* slots, int t0) {
   if (!WIDE_ROWS) return;
-  request_tile(slots, p.delta, p.delta_b, p.delta_d, t0, w, p.seqlen);
-  request_tile(slots + SLOTS, p.u, p.u_b, p.u_d, t0, w, p.seqlen);
-  request_tile(slots + 2 * SLOTS, p.dy, p.dy_b, p.dy_d, t0, w, p.seqlen);
-  if (HAS_Z) request_tile(slots + 3 * SLOTS, p.z, p.z_b, p.z_d, t0, w, p.seqlen);
+  const Copies copies = find_copies(t0, w, p.seqlen);
+  request_tile(slots, k.delta, p.delta_d, copies);
+  request_tile(slots + SLOTS, k.u, p.u_d, copies);
+  request_tile(slots + 2 * SLOTS, k.dy, p.dy_d, copies);
+  if (HAS_Z) request_tile(slots + 3 * SLOTS, k.z, p.z_d, copies);
 }
 
 // u into s.y, dy times the gate, and the raw delta.
-__device__ __forceinline__ void receive_inputs(const Params& p, const Place& w, const uint4* slots, int t, int left, Steps& s) {
+__device__ __forceinline__ void receive_inputs(const Params& p, const Block& k, const Place& w, const uint4* slots, int t, int left, Steps& s) {
   if (WIDE_ROWS) {
     receive_tile(slots, w, s.delta);
     receive_tile(slots + SLOTS, w, s.y);
     receive_tile(slots + 2 * SLOTS, w, s.dy);
     if (HAS_Z) receive_tile(slots + 3 * SLOTS, w, s.gB);
   } else {
-    load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, s.delta);
-    load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, s.y);
-    load_steps(row_of(p.dy, p.dy_b, p.dy_d, w.b, w.d) + steps_of(t, p.dy_l), p.dy_l, left, s.dy);
-    if (HAS_Z) load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, s.gB);
+    load_steps(row_of(k.delta, p.delta_d, w.d) + steps_of(t, p.delta_l), p.delta_l, left, s.delta);
+    load_steps(row_of(k.u, p.u_d, w.d) + steps_of(t, p.u_l), p.u_l, left, s.y);
+    load_steps(row_of(k.dy, p.dy_d, w.d) + steps_of(t, p.dy_l), p.dy_l, left, s.dy);
+    if (HAS_Z) load_steps(row_of(k.z, p.z_d, w.d) + steps_of(t, p.z_l), p.z_l, left, s.gB);
   }
   if (HAS_Z) {
 #pragma unroll
@@ -32,7 +42,7 @@ __device__ __forceinline__ void receive_inputs(const Params& p, const Place& w, 
   }
 }
 
-// Delta, Delta u, D u and the sum of Delta; returns what the steps give to dD.
+// Delta log2 e, Delta u, D u and the sum of the first; returns what the steps give to dD.
 __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, Steps& s, int left) {
   const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
   float dD = 0.f;
@@ -47,6 +57,7 @@ __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, Ste
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
     s.du[i] = s.delta[i] * s.y[i];
+    s.delta[i] *= LOG2E;
     dD = fmaf(s.dy[i], s.y[i], dD);
     s.y[i] *= skip;
     s.total += s.delta[i];
@@ -55,8 +66,13 @@ __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, Ste
   return dD;
 }
 
+// A lane's place for dA of state n, or its channel's.
+__device__ __forceinline__ float* dA_place(float4* memory, const Place& w, int n) {
+  return reinterpret_cast<float*>(memory) + ALL_DA + n * SHARES * BLOCK_D + (SHARES > 1 ? w.warp * 32 + w.lane : w.local);
+}
+
 // What a block has gathered over its tokens: sums over tokens for each channel, the flow before the first token.
-__device__ __forceinline__ void finish_block(const Params& p, const Block& k, const float4* memory) {
+__device__ __forceinline__ void finish_block(const Params& p, const Block& k, float4* memory, int parity) {
   const Place w = find_place(p, k);
   const float* numbers = reinterpret_cast<const float*>(memory);
   const float4* running = memory + RUNNING + w.local * ROW_A;
@@ -71,41 +87,51 @@ __device__ __forceinline__ void finish_block(const Params& p, const Block& k, co
   if (w.j == 0 && p.bias) add(p.dbias + slot * p.channels + w.d, numbers[SUMS + 2 * w.local + 1]);
   for (int n = w.j; n < N; n += LANES) {
     const int64 at = (int64)w.d * N + n;
-    add(p.dA + slot * row + at, running[n].w);
+    const float* dA = dA_place(memory, w, n) - (SHARES > 1 ? w.j * CHANNELS : 0);
+    float sum = 0.f;
+    for (int j = 0; j < SHARES; j++) sum += dA[j * CHANNELS];
+    add(p.dA + slot * row + at, sum * LN2);
     if (B_CONSTANT) add(p.dB + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n)]);
     if (C_CONSTANT) add(p.dC + slot * row + at, numbers[CONSTANTS + 2 * (w.local * N + n) + 1]);
-    if (!VARLEN && p.dfirst && k.stretch == 0) p.dfirst[k.b * row + at] = running[n].z;
+    if (!VARLEN && p.dfirst && k.stretch == 0) p.dfirst[k.b * row + at] = parity ? running[n].w : running[n].z;
   }
 }
 
-// Rows n0 ... n0 + STAGED of a tile, one after another; dB and dC of each to global memory.
+// Rows n0 ... n0 + STAGED of a tile, one state after another; dB and dC of each to global memory.
 template <bool CUT>
 __device__ __forceinline__ void walk_states(const Params& p, float4* memory, const Block& k, const Place& w, const Cuts& cut,
-                                            Steps& steps, const float4* matrices, int n0, int t0, int& phase, float& dA, bool fresh) {
-  const Share share = find_share(p, memory, k, ORDERED ? blockIdx.x % p.blocks : 0);
+                                            Steps& steps, const float4* matrices, int n0, int t0, int& phase, int parity, bool fresh) {
   const int* seq = PACKED ? p.seq + (int64)w.b * p.seqlen + t0 + w.j * STEPS : nullptr;
-  const bool adds = share.here && t0 + share.t < p.seqlen;
   const float4* rows[QUADS];
 #pragma unroll
   for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j);
   float4* running = memory + RUNNING + w.local * ROW_A + n0;
-  float4* part = memory + ALL_PARTS + w.warp * PART + w.lane;
   float* constants = reinterpret_cast<float*>(memory) + CONSTANTS + 2 * (w.local * N + n0);
-  float* to = share.to + (int64)n0 * p.padded + t0;
+  float* dA = dA_place(memory, w, n0);
+  const Ones ones = read_ones(memory, w.lane);
+  Target target = find_target(p, k, n0, t0 + 2 * w.lane);
 #pragma unroll UNROLL
   for (int m = 0; m < STAGED; m++) {
     if (N % STAGED && n0 + m >= N) break;
-    one_state<CUT>(p, w, cut, steps, running, rows, n0 + m, part + phase, constants, seq, dA);
-    if (!B_CONSTANT || !C_CONSTANT) {
-      __syncthreads();
-      if (adds) add_matrices(share.from + phase, share.turn, to, fresh);
-      phase ^= WARPS * PART;
-    }
+    const float4 sum = one_state<CUT>(p, w, cut, steps, running, rows, ones, n0 + m, dA, constants, seq, parity);
 #pragma unroll
     for (int q = 0; q < QUADS; q++) rows[q] += ROW;
     running++;
+    dA += SHARES * BLOCK_D;
     constants += 2;
-    to += p.padded;
+    if (B_CONSTANT && C_CONSTANT) continue;
+    if (!ORDERED) {
+      add_matrices(target, sum, fresh);
+      target.dB += p.padded, target.dC += p.padded;
+    } else {
+      float4* parts = memory + ALL_PARTS + phase * PARTS_OF_A_GROUP;
+      const int g = m % GROUP;
+      parts[(w.warp * GROUP + g) * 32 + w.lane] = sum;
+      if (g < GROUP - 1 && m + 1 < STAGED && n0 + m + 1 < N) continue;
+      __syncthreads();
+      add_group(p, k, parts, n0 + m - g, g + 1, t0, fresh);
+      phase ^= 1;
+    }
   }
 }
 
@@ -113,10 +139,11 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
   find_block(p, pass, memory);
   const Block& k = block_in(memory);
   float* numbers = reinterpret_cast<float*>(memory);
-  int t0 = k.begin + (k.end - k.begin - 1) / TILE * TILE, buffer = 0, phase = 0;
+  float4* const matrices = memory + MATRICES;
+  int t0 = k.begin + (k.end - k.begin - 1) / TILE * TILE, phase = 0, parity = 0;
   {
     const Place w = find_place(p, k);
-    request_inputs(p, w, reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t0);
+    request_inputs(p, k, w, slots_of(memory, w, 0), t0);
     request_matrices(p, memory, k, 0, t0);
     request_states(p, w, numbers + ENTERING, t0);
   }
@@ -126,54 +153,48 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
     memory[RUNNING + i / N * ROW_A + n] = make_float4(p.A[d * p.A_d + n * p.A_n], 0.f, flow, 0.f);
     if (B_CONSTANT || C_CONSTANT) numbers[CONSTANTS + 2 * i] = numbers[CONSTANTS + 2 * i + 1] = 0.f;
   }
-  for (int i = threadIdx.x; i < 2 * BLOCK_D; i += THREADS) numbers[SUMS + i] = 0.f;
+  for (int i = ALL_DA + threadIdx.x; i < CONSTANTS; i += THREADS) numbers[i] = 0.f;
+  if (threadIdx.x < 32) write_ones(memory, threadIdx.x);
   __syncthreads();
 #pragma unroll 1
   for (; t0 >= k.begin; t0 -= TILE) {
     Steps steps;
-    float dA = 0.f;  // of the last state that was done
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
       const Place w = find_place(p, k);
       const int t = t0 + w.j * STEPS, left = w.here ? p.seqlen - t : 0;
-      float4* matrices = memory + MATRICES + buffer * 2 * MATRIX;
-      buffer ^= 1;
       wait_async();
+      __syncthreads();  // no warp still reads what is overwritten now
       convert_matrices(p, memory, matrices, k, n0, t0);
       __syncwarp();
       if (n0 == 0) {
-        receive_inputs(p, w, reinterpret_cast<const uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t, left, steps);
+        receive_inputs(p, k, w, slots_of(memory, w, parity), t, left, steps);
         for (int n = w.j; n < N; n += LANES) memory[RUNNING + w.local * ROW_A + n].y = numbers[ENTERING + w.local * N + n];
         __syncwarp();
       }
       if (n0 + STAGED < N) request_matrices(p, memory, k, n0 + STAGED, t0);
       else if (t0 > k.begin) request_matrices(p, memory, k, 0, t0 - TILE);
       if (n0 == 0) {
-        // Once more, for the end of the tile.
-        request_inputs(p, w, reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS, t0);
-        if (t0 > k.begin) request_states(p, w, numbers + ENTERING, t0 - TILE);
+        if (t0 > k.begin) {
+          request_inputs(p, k, w, slots_of(memory, w, parity ^ 1), t0 - TILE);
+          request_states(p, w, numbers + ENTERING, t0 - TILE);
+        }
         const float dD = sum_lanes(begin_tile(p, w, steps, left));
         if (w.j == 0) numbers[SUMS + 2 * w.local] += dD;
       }
       __syncthreads();
       const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t0, p.seqlen, w) : Cuts{};
       const bool fresh = pass == 0 && ORDERED == 1;
-      if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, dA, fresh);
-      else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, dA, fresh);
+      if (PACKED && cut.any) walk_states<true>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, parity, fresh);
+      else walk_states<false>(p, memory, k, w, cut, steps, matrices, n0, t0, phase, parity, fresh);
     }
-    wait_async();
-    __syncwarp();
     const Place w = find_place(p, k);
-    const int t = t0 + w.j * STEPS;
-    dA = sum_lanes(dA);
-    if (w.j == 0) memory[RUNNING + w.local * ROW_A + N - 1].w += dA;
-    uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * TENSORS * SLOTS;
-    const float dbias = sum_lanes(finish_tile(p, w, steps, slots, t, w.here ? p.seqlen - t : 0));
+    const int t = t0 + w.j * STEPS, left = w.here ? p.seqlen - t : 0;
+    const float dbias = sum_lanes(finish_tile(p, k, w, steps, slots_of(memory, w, parity), t, left));
     if (w.j == 0) numbers[SUMS + 2 * w.local + 1] += dbias;
-    __syncwarp();
-    if (t0 > k.begin) request_inputs(p, w, slots, t0 - TILE);
+    parity ^= 1;
   }
-  finish_block(p, k, memory);
+  finish_block(p, k, memory, parity);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const __grid_constant__ Params p) {

@@ -99,11 +99,11 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
 }
 
 // delta and u of a warp's next tile; z is asked for when its tile begins, and read at the end of it.
-__device__ __forceinline__ void request_rows(const Params& p, float4* memory, const Place& w, int t0) {
-  if (!WIDE_ROWS) return;
+__device__ __forceinline__ void request_rows(const Params& p, float4* memory, const Place& w, const Copies& copies) {
+  const Block& k = block_in(memory);
   uint4* slots = reinterpret_cast<uint4*>(memory + ROWS) + w.warp * 3 * SLOTS;
-  request_tile(slots, p.delta, p.delta_b, p.delta_d, t0, w, p.seqlen);
-  request_tile(slots + SLOTS, p.u, p.u_b, p.u_d, t0, w, p.seqlen);
+  request_tile(slots, k.delta, p.delta_d, copies);
+  request_tile(slots + SLOTS, k.u, p.u_d, copies);
 }
 
 // Delta, Delta u, D u and the sum of Delta of a lane's steps.
@@ -123,6 +123,7 @@ __device__ __forceinline__ float begin_tile(const Params& p, const Place& w, int
 }
 
 __device__ __forceinline__ void end_tile(const Params& p, float4* memory, const Place& w, int t, int left, float* y) {
+  const Block& k = block_in(memory);
   if (HAS_Z) {
     float z[STEPS];
     if (WIDE_ROWS) {
@@ -130,12 +131,12 @@ __device__ __forceinline__ void end_tile(const Params& p, float4* memory, const 
       __syncwarp();
       receive_tile(reinterpret_cast<const uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, w, z);
     } else {
-      load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
+      load_steps(row_of(k.z, p.z_d, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
     }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) y[i] *= z[i] * sigmoid(z[i]);
   }
-  store_steps(row_of(p.y, p.y_b, p.y_d, w.b, w.d) + steps_of(t, p.y_l), p.y_l, left, y);
+  store_steps(row_of(k.y, p.y_d, w.d) + steps_of(t, p.y_l), p.y_l, left, y);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const __grid_constant__ Params p) {
@@ -143,7 +144,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   find_block(p, 0, memory);
   const Block& k = block_in(memory);
   float2* running = reinterpret_cast<float2*>(memory + RUNNING);
-  request_rows(p, memory, find_place(p, k), k.begin);
+  if (WIDE_ROWS) {
+    const Place w = find_place(p, k);
+    request_rows(p, memory, w, find_copies(k.begin, w, p.seqlen));
+  }
   request_matrices(p, memory, k, 0, k.begin);
   for (int i = threadIdx.x; i < BLOCK_D * N; i += THREADS) {
     const int64 d = min(k.d_block + i / N, p.channels - 1), n = i % N;
@@ -170,17 +174,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
           receive_tile(slots, w, delta);
           receive_tile(slots + SLOTS, w, y);
         } else {
-          load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
-          load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, y);
+          load_steps(row_of(k.delta, p.delta_d, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
+          load_steps(row_of(k.u, p.u_d, w.d) + steps_of(t, p.u_l), p.u_l, left, y);
         }
         __syncwarp();
       }
       if (n0 + STAGED < N) request_matrices(p, memory, k, n0 + STAGED, t0);
       else if (more) request_matrices(p, memory, k, 0, t0 + TILE);
       if (n0 == 0) {
-        if (HAS_Z && WIDE_ROWS)
-          request_tile(reinterpret_cast<uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, p.z, p.z_b, p.z_d, t0, w, p.seqlen);
-        if (more) request_rows(p, memory, w, t0 + TILE);
+        if (WIDE_ROWS) {
+          Copies copies = find_copies(t0, w, p.seqlen);
+          if (HAS_Z) request_tile(reinterpret_cast<uint4*>(memory + ROWS) + (w.warp * 3 + 2) * SLOTS, k.z, p.z_d, copies);
+          to_next_tile(copies, p.seqlen);
+          if (more) request_rows(p, memory, w, copies);
+        }
         total = begin_tile(p, w, left, delta, du, y);
       }
       __syncthreads();

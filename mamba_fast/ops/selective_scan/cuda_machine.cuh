@@ -78,7 +78,7 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// 16 bytes to shared memory; those from number `bytes` on become zero.
+// 16 bytes to shared memory; those from number `bytes` on become zero, and nothing is read of them.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from),
                "r"(bytes));
@@ -134,16 +134,36 @@ __device__ __forceinline__ float from_right(float v, float edge, int hop) {
   return w;
 }
 
-// Four neighbouring numbers at an address that is a multiple of 16 bytes, each added atomically.
-__device__ __forceinline__ void add_global(float* to, float4 v) {
+// From and to global memory, which the compiler cannot see of an address that was read from shared memory.
+__device__ __forceinline__ uint4 load_global(const uint4* from) {
+  uint4 v;
+  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+__device__ __forceinline__ void store_global(uint4* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Two neighbouring numbers at an address that is a multiple of 8 bytes, each added atomically.
+__device__ __forceinline__ void add_global(float* to, float first, float second) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
 #else
-  atomicAdd(to, v.x);
-  atomicAdd(to + 1, v.y);
-  atomicAdd(to + 2, v.z);
-  atomicAdd(to + 3, v.w);
+  atomicAdd(to, first);
+  atomicAdd(to + 1, second);
 #endif
+}
+
+// What is left of a number without the upper 11 bits of its fraction's digits, which add_product reads.
+__device__ __forceinline__ float rest(float v) { return v - __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+
+// sum += a b by the tensor cores, (16, 8) = (16, 8) (8, 8). Lane l holds a0, a1 in rows l / 4 and l / 4 + 8 of column
+// l % 4, a2, a3 in column l % 4 + 4; b0, b1 in rows l % 4 and l % 4 + 4 of column l / 4; and of the sum x, y in columns
+// 2 (l % 4) and the next one of row l / 4, z, w in row l / 4 + 8. Digits of a and b below the upper 11 are cut off.
+__device__ __forceinline__ void add_product(float4& sum, float a0, float a1, float a2, float a3, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }

@@ -9,8 +9,10 @@ import torch
 
 from mamba_fast.ops.selective_scan.arguments import is_constant
 
-CHUNK = 128  # tokens between saved states, as in cuda_tiles.cuh
+CHUNK = 64  # tokens between saved states, as in cuda_tiles.cuh
 WARPS = 4
+# Over dB and dC in bfloat16: a number whose digits are cut off behind the eleventh is so much too small.
+KEPT = 1.00035
 _FOLDER = Path(__file__).parent
 _SHARED = ("cuda_machine.cuh", "cuda_tiles.cuh")
 SOURCES = {
@@ -20,7 +22,8 @@ SOURCES = {
 }
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_WARPS_A_MULTIPROCESSOR = 8  # with fewer in a call the sequence is cut into stretches
+_ENOUGH = 8  # warps a multiprocessor: with fewer in a call its sequences are cut into stretches
+_STRETCHED_FORWARD, _STRETCHED_BACKWARD = 16, 48  # so that there are so many
 
 
 class Cut(NamedTuple):
@@ -57,35 +60,36 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-# lanes, steps, stage, min_blocks, unroll, for at least so many rows of B * D. Many rows: few lanes each, so
-# that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are enough.
+# lanes, steps, stage, min_blocks, unroll. Forward, for at least so many rows of B * D. Many rows: few lanes
+# each, so that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are
+# enough. The backward sums over the four channels of a warp by one product, so its lanes and steps are fixed.
 FORWARD = {
     8192: (8, 16, 2048, 3, 2),
     3072: (16, 16, 2048, 3, 2),
     1024: (32, 8, 2048, 4, 2),
     0: (32, 16, 4096, 3, 2),
 }
-BACKWARD = {4096: (16, 8, 1024, 4, 1), 1024: (32, 8, 1024, 3, 2), 0: (16, 8, 2048, 3, 1)}
-SHORT = (16, 8, 1024, 4, 1)  # up to CHUNK tokens: no wider tile
+SHORT = (16, 8, 1024, 4, 1)  # up to 128 tokens: no wider tile
+BACKWARD = (8, 8, 1024, 4, 1)
 
 
 def cut_forward(batch, channels, seqlen, span, device):
-    return _cut(*_kind(FORWARD, batch * channels, seqlen), batch, channels, seqlen, span, device)
+    rows = batch * channels
+    kind = SHORT if seqlen <= 128 else next(kind for least, kind in FORWARD.items() if rows >= least)
+    return _cut(*kind, _STRETCHED_FORWARD, batch, channels, seqlen, span, device)
 
 
 def cut_backward(batch, channels, seqlen, span, device):
-    return _cut(*_kind(BACKWARD, batch * channels, seqlen), batch, channels, seqlen, span, device)
-
-
-def _kind(table, rows, seqlen):
-    return SHORT if seqlen <= CHUNK else next(kind for least, kind in table.items() if rows >= least)
+    return _cut(*BACKWARD, _STRETCHED_BACKWARD, batch, channels, seqlen, span, device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(lanes, steps, stage, min_blocks, unroll, batch, channels, seqlen, span, device):
+def _cut(lanes, steps, stage, min_blocks, unroll, stretched, batch, channels, seqlen, span, device):
+    """`stretched`: warps a multiprocessor that stretches make where sequences alone make too few."""
     block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
     blocks = channels // span * -(-span // block_d)
-    wanted = -(-_WARPS_A_MULTIPROCESSOR * multiprocessors(device) // (batch * blocks * WARPS))
+    warps, processors = batch * blocks * WARPS, multiprocessors(device)
+    wanted = -(-stretched * processors // warps) if warps < _ENOUGH * processors else 1
     stretches = min(wanted, -(-seqlen // tile))
     if stretches < 3:  # finding what enters a stretch costs about half of scanning it
         stretches = 1
@@ -123,10 +127,10 @@ def passes(cut, batch, device):
 
 def shared_bytes(entry, cut, defines):
     """Bytes of shared memory of a block; the layouts stand in the kernels' `lay_out`."""
-    n, size = defines["N"], 4 if defines["IO"] == 0 else 2
+    n, size, buffers = defines["N"], 4 if defines["IO"] == 0 else 2, defines["BUFFERS"]
     threads, channels, wide = 32 * WARPS, 32 // cut.lanes, 16 // size
     staged = min(max(cut.stage // cut.tile, 1), n)
-    matrix, block = staged * cut.tile * 4, 32
+    matrix, block = staged * cut.tile * 4, 128
     passes = -(-staged // (threads // (cut.tile // wide)))
     parts_a_lane = cut.steps // wide
     near = 8 // min(channels, 8) * parts_a_lane
@@ -134,13 +138,15 @@ def shared_bytes(entry, cut, defines):
     raw, slots = passes * threads * 16, channels * pitch * WARPS * 16
     row = n + (channels > 1)
     if entry == "scan_forward":
-        return block + 4 * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
+        return block + 2 * buffers * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
     if entry == "scan_summary":
-        return block + matrix + cut.block_d * row * 8
-    parts = 2 * WARPS * 2 * (cut.steps // 4) * 32 * 16
+        return block + matrix + raw + cut.block_d * row * 8
+    parts = 64 * 16 + (2 * 4 * threads * 16 if defines["ORDERED"] else 0)
+    shares = cut.lanes if n <= 64 else 1
     constants = 8 * cut.block_d * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
-    inputs = (3 + defines["HAS_Z"]) * slots
-    return block + 4 * matrix + 2 * raw + inputs + parts + cut.block_d * (16 * row + 4 * n + 8) + constants
+    inputs = 2 * (3 + defines["HAS_Z"]) * slots
+    sums = cut.block_d * (16 * row + 4 * n * (1 + shares) + 8) + constants
+    return block + 2 * buffers * matrix + 2 * raw + inputs + parts + sums
 
 
 class Look(NamedTuple):
@@ -170,6 +176,7 @@ def defines(
     keep=False,
     reverse=False,
     ordered=0,
+    buffers=2,
     wide=(),
     big=False,
 ):
@@ -180,7 +187,8 @@ def defines(
         "WIDE_ROWS": int(wide[0]), "WIDE_B": int(wide[1]), "WIDE_C": int(wide[2]),
         "HAS_Z": int(has_z), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
         "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(packed), "VARLEN": int(varlen),
-        "KEEP": int(keep), "REVERSE": int(reverse), "ORDERED": ordered, "BIG_STRIDES": int(big),
+        "KEEP": int(keep), "REVERSE": int(reverse), "ORDERED": ordered, "BUFFERS": buffers,
+        "BIG_STRIDES": int(big),
     }  # fmt: skip
 
 

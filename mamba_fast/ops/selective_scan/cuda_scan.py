@@ -143,7 +143,7 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     u, delta, z, dy, du, ddelta, dz, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
-    if varlen:  # the tables of states take registers
+    if varlen or io == torch.float32:  # tables of states, and sums in two parts, take registers
         cut = cut._replace(min_blocks=3)
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
     ordered = (1 if cut.span == channels else 2) if ordered else 0
@@ -151,8 +151,8 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     blocks = -(-cut.blocks // passes)
     wide = plan.is_wide(io, *looks[:7]), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
-        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, ordered=ordered, wide=wide,
-        big=plan.is_big(*looks),
+        cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, ordered=ordered, buffers=1,
+        wide=wide, big=plan.is_big(*looks),
     )  # fmt: skip
     statics = _statics(cut, u, A, B, C)
     statics |= strides_of(u=u, delta=delta, z=z, dy=dy, du=du, ddelta=ddelta, dz=dz)
@@ -178,6 +178,15 @@ def _statics(cut, u, A, B, C):
     return statics
 
 
+def _narrow(grad, dtype):
+    """dB or dC in the type of B and C. In bfloat16 the kernel's sums lack what KEPT says."""
+    if grad.dtype == dtype:
+        return grad
+    return torch.mul(
+        grad, plan.KEPT if dtype == torch.bfloat16 else 1.0, out=torch.empty_like(grad, dtype=dtype)
+    )
+
+
 class _Sums:
     """Gradients summed over blocks: atomically onto zeros, or in order in slots that are added up later."""
 
@@ -185,7 +194,7 @@ class _Sums:
         (_, channels, seqlen), N = u.shape, A.shape[1]
         self.make = torch.empty if ordered == 1 else torch.zeros
         self.constant = tuple(is_constant(v, u) for v in (B, C))
-        padded = -(-seqlen // 4) * 4
+        padded = -(-seqlen // CHUNK) * CHUNK  # whole tiles
         self.shapes = {"dA": (slots, channels, N), "dD": (slots, channels), "dbias": (slots, channels)}
         for name, v, constant in zip(("dB", "dC"), (B, C), self.constant, strict=True):
             self.shapes[name] = (slots, channels, N) if constant else (matrix_slots, *v.shape[:3], padded)
@@ -222,12 +231,12 @@ class _Sums:
                 total[name] = grad[None, :, :, None]
             else:
                 grad = grad if grad.shape[-1] == v.shape[3] else grad[..., : v.shape[3]]
-                total[name] = grad.to(v.dtype)
+                total[name] = _narrow(grad, v.dtype)
         return tuple(total.get(k) for k in ("dA", "dB", "dC", "dD", "dbias"))
 
     def _narrowed(self, dB, dC, dtype):
         """Both in one kernel: they lie one behind the other."""
         if dB.untyped_storage().data_ptr() != dC.untyped_storage().data_ptr():
             return {}
-        both = dB.as_strided((dB.numel() + dC.numel(),), (1,), dB.storage_offset()).to(dtype)
+        both = _narrow(dB.as_strided((dB.numel() + dC.numel(),), (1,), dB.storage_offset()), dtype)
         return {"dB": both[: dB.numel()].view(dB.shape), "dC": both[dB.numel() :].view(dC.shape)}

@@ -29,29 +29,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   const Block& block = block_in(memory);
   const Place w = find_place(p, block);
   float4* matrix = memory + BLOCK_SIZE;
-  float2* running = reinterpret_cast<float2*>(matrix + MATRIX) + w.local * ROW_A;  // (A log2 e, running value)
+  uint4* raw = reinterpret_cast<uint4*>(matrix + MATRIX);
+  float2* running = reinterpret_cast<float2*>(raw + RAW) + w.local * ROW_A;  // (A log2 e, running value)
   const int seqlen = p.seqlen, begin = block.begin, end = block.end;
-  constexpr bool M_CONSTANT = REVERSE ? C_CONSTANT : B_CONSTANT;
+  constexpr bool M_CONSTANT = REVERSE ? C_CONSTANT : B_CONSTANT, WIDE_M = REVERSE ? WIDE_C : WIDE_B;
   const int64 M_n = REVERSE ? p.C_n : p.B_n, M_l = REVERSE ? p.C_l : p.B_l;
   const io_t* M = M_CONSTANT ? nullptr
-                  : REVERSE  ? matrix_of(p.C, p.C_b, p.C_g, p.C_span, block)
-                             : matrix_of(p.B, p.B_b, p.B_g, p.B_span, block);
+                  : REVERSE  ? block.C
+                             : block.B;
   for (int n = w.j; n < N; n += LANES) running[n] = make_float2(p.A[w.d * p.A_d + n * p.A_n] * LOG2E, 0.f);
   const float bias = p.bias ? p.bias[w.d] : 0.f;
   float sum = 0.f;
   bool cut_off = false;
   const int tiles = (end - begin + TILE - 1) / TILE;
+  auto first_of = [&](int i) { return begin + (REVERSE ? tiles - 1 - i : i) * TILE; };
+  auto request = [&](int n0, int i) {
+    if (!M_CONSTANT && WIDE_M && i < tiles) request_matrix(raw, M, M_n, n0, first_of(i), seqlen);
+  };
+  request(0, 0);
 #pragma unroll 1
   for (int i = 0; i < tiles; i++) {
-    const int t0 = begin + (REVERSE ? tiles - 1 - i : i) * TILE, t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
+    const int t0 = first_of(i), t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
     float delta[STEPS], x[STEPS], total = 0;
     const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t0, seqlen, w) : Cuts{};
-    load_steps(row_of(p.delta, p.delta_b, p.delta_d, w.b, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
-    if (REVERSE) load_steps(row_of(p.dy, p.dy_b, p.dy_d, w.b, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);
-    else load_steps(row_of(p.u, p.u_b, p.u_d, w.b, w.d) + steps_of(t, p.u_l), p.u_l, left, x);
+    load_row(row_of(block.delta, p.delta_d, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
+    if (REVERSE) load_row(row_of(block.dy, p.dy_d, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);
+    else load_row(row_of(block.u, p.u_d, w.d) + steps_of(t, p.u_l), p.u_l, left, x);
     if (REVERSE && HAS_Z) {
       float z[STEPS];
-      load_steps(row_of(p.z, p.z_b, p.z_d, w.b, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
+      load_row(row_of(block.z, p.z_d, w.d) + steps_of(t, p.z_l), p.z_l, left, z);
 #pragma unroll
       for (int k = 0; k < STEPS; k++) x[k] *= z[k] * sigmoid(z[k]);
     }
@@ -66,8 +72,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
     if (PACKED && __any_sync(~0u, cut.starts != 0)) cut_off = true;
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
+      wait_async();
       __syncthreads();
-      if (!M_CONSTANT) convert_matrix<false>(matrix, nullptr, M, M_n, M_l, n0, t0, seqlen);
+      if (!M_CONSTANT) convert_matrix<WIDE_M>(matrix, raw, M, M_n, M_l, n0, t0, seqlen);
+      if (n0 + STAGED < N) request(n0 + STAGED, i);
+      else request(0, i + 1);
       __syncthreads();
       for (int m = 0; m < min(STAGED, N - n0); m++) {
         const int n = n0 + m;
@@ -75,10 +84,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
         float A2 = running[n].x, decay = ex2(A2 * total), f = w.j == (REVERSE ? LANES - 1 : 0) ? running[n].y : 0.f;
         float constant = M_CONSTANT ? (REVERSE ? p.C_constant[w.d * p.C_g + n * M_n] : p.B_constant[w.d * p.B_g + n * M_n]) : 0.f;
         const int* seq = PACKED ? p.seq + (int64)w.b * seqlen + t : nullptr;
+        float M_here[STEPS];
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+          const float4 v = M_CONSTANT ? make_float4(constant, constant, constant, constant) : matrix[m * ROW + place_of(q, w.j)];
+          M_here[4 * q] = v.x, M_here[4 * q + 1] = v.y, M_here[4 * q + 2] = v.z, M_here[4 * q + 3] = v.w;
+        }
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
           const int k = REVERSE ? STEPS - 1 - s : s;
-          float v = M_CONSTANT ? constant : reinterpret_cast<const float*>(matrix + m * ROW + place_of(k / 4, w.j))[k % 4];
+          const float v = M_here[k];
           float a = ex2(A2 * delta[k]);
           const bool start = PACKED && cut.starts >> k & 1, ends = PACKED && VARLEN && cut.ends >> k & 1;
           if (REVERSE) {

@@ -1,8 +1,8 @@
 // How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
 // tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
 // MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP,
-// BIG_STRIDES, UNROLL, REVERSE and ORDERED (sums: 0 in any order, 1 in one order into fresh memory, 2 in one order onto
-// zeros) come from cuda_plan.py.
+// BIG_STRIDES, UNROLL, REVERSE, BUFFERS (of B and C in float32) and ORDERED (sums: 0 in any order, 1 in one order into
+// fresh memory, 2 in one order onto zeros) come from cuda_plan.py.
 struct Params {
   const io_t *u, *delta, *B, *C, *z, *dy;
   const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;
@@ -18,19 +18,22 @@ struct Params {
 constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
 constexpr int WIDE = 16 / sizeof(io_t), PARTS = STEPS / WIDE, QUADS = STEPS / 4;  // 16-byte pieces, float4s of a lane
 constexpr int WIDTH = LANES * PARTS;                      // 16-byte pieces of a channel's row in a tile
-constexpr int CHUNK = 128;                                // tokens between saved states
+constexpr int CHUNK = 64;                                 // tokens between saved states
 constexpr int STAGED = STAGE / TILE < N ? (STAGE / TILE > 0 ? STAGE / TILE : 1) : N;  // rows of B and C in SRAM at a time
 constexpr int ROW = TILE / 4, MATRIX = STAGED * ROW;      // float4s of a row, of the staged rows of B or C
 constexpr int ROW_PARTS = TILE / WIDE;                    // 16-byte pieces of a row
 constexpr int ROWS_A_PASS = THREADS / ROW_PARTS, ROW_PASSES = (STAGED + ROWS_A_PASS - 1) / ROWS_A_PASS;
 constexpr int RAW = ROW_PASSES * THREADS;                 // 16-byte pieces of B or C on their way
 constexpr int ROW_A = N + (CHANNELS > 1);                 // padded: the channels of a warp read different banks
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // What a block works on. It lies in shared memory, from where it is read when needed: in registers it would crowd out
-// the states.
+// the states. The tensors begin at its sequence, B and C at its group of channels.
 struct alignas(16) Block {
   int b, stretch, begin, end, d_block, d_end, spare[2];  // d_end: the first channel that is not its own
+  const io_t *u, *delta, *z, *dy, *B, *C;
+  io_t *y, *du, *ddelta, *dz;
+  int64 dB_row, dC_row;  // numbers before row n = 0 of its group in p.dB and p.dC
 };
 constexpr int BLOCK_SIZE = sizeof(Block) / sizeof(float4);
 
@@ -47,6 +50,14 @@ __device__ __forceinline__ void find_block(const Params& p, int pass, float4* me
     k.end = min(k.begin + p.stretch, p.seqlen);
     k.d_block = min(span * p.span + group % p.blocks_a_span * BLOCK_D, p.channels);
     k.d_end = min((span + 1) * p.span, p.channels);
+    k.u = p.u + k.b * p.u_b, k.delta = p.delta + k.b * p.delta_b, k.z = p.z + k.b * p.z_b, k.dy = p.dy + k.b * p.dy_b;
+    k.y = p.y + k.b * p.y_b, k.du = p.du + k.b * p.du_b, k.ddelta = p.ddelta + k.b * p.ddelta_b, k.dz = p.dz + k.b * p.dz_b;
+    const int first = min(k.d_block, k.d_end - 1), B_group = first / p.B_span, C_group = first / p.C_span;
+    const int64 B_groups = p.channels / p.B_span, C_groups = p.channels / p.C_span, slot = ORDERED ? block % p.blocks : 0;
+    k.B = p.B + k.b * p.B_b + B_group * p.B_g;
+    k.C = p.C + k.b * p.C_b + C_group * p.C_g;
+    k.dB_row = slot * p.dB_slot + (k.b * B_groups + B_group) * N * p.padded;
+    k.dC_row = slot * p.dC_slot + (k.b * C_groups + C_group) * N * p.padded;
   }
   __syncthreads();
 }
@@ -78,10 +89,10 @@ __device__ __forceinline__ int64 steps_of(int index, int64 stride) {
   return BIG_STRIDES ? index * stride : (int64)index * (int)stride;
 }
 
-// The row of channel d in sequence b of a (B, D, L) tensor.
+// The row of channel d of a (D, L) tensor.
 template <typename T>
-__device__ __forceinline__ T* row_of(T* tensor, int64 stride_b, int64 stride_d, int b, int d) {
-  return tensor + b * stride_b + steps_of(d, stride_d);
+__device__ __forceinline__ T* row_of(T* tensor, int64 stride_d, int d) {
+  return tensor + steps_of(d, stride_d);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
@@ -121,10 +132,20 @@ __device__ __forceinline__ void load_steps(const io_t* at, int64 stride, int lef
   for (int i = 0; i < STEPS; i++) out[i] = i < left ? to_float(at[steps_of(i, stride)]) : 0.f;
 }
 
+// The same, in pieces of 16 bytes where all of them are there.
+__device__ __forceinline__ void load_row(const io_t* at, int64 stride, int left, float* out) {
+  if (WIDE_ROWS && left >= STEPS) {
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) spread(load_global(reinterpret_cast<const uint4*>(at) + k), out + k * WIDE);
+  } else {
+    load_steps(at, stride, left, out);
+  }
+}
+
 __device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, const float* in) {
   if (WIDE_ROWS && left >= STEPS) {
 #pragma unroll
-    for (int k = 0; k < PARTS; k++) reinterpret_cast<uint4*>(at)[k] = gather(in + k * WIDE);
+    for (int k = 0; k < PARTS; k++) store_global(reinterpret_cast<uint4*>(at) + k, gather(in + k * WIDE));
   } else {
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
@@ -137,19 +158,39 @@ __device__ __forceinline__ void store_steps(io_t* at, int64 stride, int left, co
 constexpr int NEAR = 8 / (CHANNELS < 8 ? CHANNELS : 8) * PARTS;  // pieces of a row that eight neighbouring lanes read
 constexpr int PITCH = WIDTH + (CHANNELS == 1 ? 0 : NEAR < 8 ? NEAR : 1), SLOTS = CHANNELS * PITCH;
 
-// Ask for the warp's rows of a (B, D, L) tensor, tokens t0 ... t0 + TILE.
-__device__ __forceinline__ void request_tile(uint4* slots, const io_t* tensor, int64 stride_b, int64 stride_d, int t0,
-                                             const Place& w, int seqlen) {
+// Where a lane's copies of a tile go and come from: the same for every (D, L) tensor but for its strides.
+struct Copies {
+  int place[PARTS], row[PARTS], t[PARTS], bytes[PARTS];
+};
+
+__device__ __forceinline__ Copies find_copies(int t0, const Place& w, int seqlen) {
   constexpr int A_ROW = WIDTH > 32 ? WIDTH / 32 : 1, ROWS = WIDTH < 32 ? 32 / WIDTH : 1;  // copies a row, rows a copy
-  const int c0 = w.lane / WIDTH, q0 = w.lane % WIDTH, left = seqlen - t0 - q0 * WIDE;
-  const io_t* at = row_of(tensor, stride_b, stride_d, w.b, w.d_warp + c0) + t0 + q0 * WIDE;
+  Copies copies;
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
-    const int row = i / A_ROW * ROWS, piece = i % A_ROW * 32;
-    const int bytes = c0 + row < w.rows ? bytes_left(left - piece * WIDE) : 0;
-    const io_t* from = at + steps_of(row, stride_d) + piece * WIDE;
-    copy_async(slots + (c0 + row) * PITCH + q0 + piece, bytes > 0 ? from : tensor, bytes);
+    const int row = w.lane / WIDTH + i / A_ROW * ROWS, piece = w.lane % WIDTH + i % A_ROW * 32;
+    copies.place[i] = row * PITCH + piece;
+    copies.row[i] = w.d_warp + row;
+    copies.t[i] = t0 + piece * WIDE;
+    copies.bytes[i] = row < w.rows ? bytes_left(seqlen - copies.t[i]) : 0;
   }
+  return copies;
+}
+
+// The same of the next tile.
+__device__ __forceinline__ void to_next_tile(Copies& copies, int seqlen) {
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    copies.t[i] += TILE;
+    if (copies.bytes[i]) copies.bytes[i] = bytes_left(seqlen - copies.t[i]);
+  }
+}
+
+// Ask for the warp's rows of a (D, L) tensor.
+__device__ __forceinline__ void request_tile(uint4* slots, const io_t* tensor, int64 stride_d, const Copies& copies) {
+#pragma unroll
+  for (int i = 0; i < PARTS; i++)
+    copy_async(slots + copies.place[i], row_of(tensor, stride_d, copies.row[i]) + copies.t[i], copies.bytes[i]);
 }
 
 __device__ __forceinline__ void receive_tile(const uint4* slots, const Place& w, float* out) {
@@ -160,18 +201,14 @@ __device__ __forceinline__ void receive_tile(const uint4* slots, const Place& w,
 // float4 q of lane j in a staged row of B or C: no bank conflicts for the threads that write and for those that read.
 __device__ __forceinline__ int place_of(int q, int j) { return q * LANES + (j ^ (2 * q % LANES)); }
 
-// B or C of a block's group of channels.
-__device__ __forceinline__ const io_t* matrix_of(const io_t* matrix, int64 stride_b, int64 stride_g, int span, const Block& k) {
-  return matrix + k.b * stride_b + min(k.d_block, k.d_end - 1) / span * stride_g;
-}
-
 // Rows n0 ... n0 + STAGED of B or C, tokens t0 ... t0 + TILE, each 16-byte piece by the thread that converts it later.
 __device__ __forceinline__ void request_matrix(uint4* raw, const io_t* matrix, int64 stride_n, int n0, int t0, int seqlen) {
-  const int thread = thread_number();
-  int n = n0 + thread / ROW_PARTS, t = t0 + thread % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
+  const int thread = thread_number(), t = t0 + thread % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
+  int n = n0 + thread / ROW_PARTS;
+  const io_t* from = matrix + steps_of(n, stride_n) + t;
 #pragma unroll
-  for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS)
-    if (n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS + thread, bytes > 0 ? matrix + steps_of(n, stride_n) + t : matrix, bytes);
+  for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS, from += steps_of(ROWS_A_PASS, stride_n))
+    if (ROW_PASSES * ROWS_A_PASS == N || n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS + thread, from, bytes);
 }
 
 // The same rows in float32, each lane's steps in one place; with WIDE_MATRIX from `raw`, else straight from memory.
@@ -182,7 +219,7 @@ __device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, con
   int m = thread / ROW_PARTS, t = thread % ROW_PARTS * WIDE, j = t / STEPS, q = t % STEPS / 4;
 #pragma unroll
   for (int k = 0; k < ROW_PASSES; k++, m += ROWS_A_PASS) {
-    if (m >= min(STAGED, N - n0)) break;
+    if (ROW_PASSES * ROWS_A_PASS != N && m >= min(STAGED, N - n0)) break;
     float v[WIDE];
     if (WIDE_MATRIX)
       spread(raw[k * THREADS + thread], v);
@@ -194,23 +231,23 @@ __device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, con
   }
 }
 
-// Where the shared memory of a block holds, in float4s: B and C in float32 (two buffers), B and C on their way, the rows.
-constexpr int MATRICES = BLOCK_SIZE, RAW_B = MATRICES + 4 * MATRIX, RAW_C = RAW_B + RAW, ROWS = RAW_C + RAW;
+// Where the shared memory of a block holds, in float4s: B and C in float32, B and C on their way, the rows.
+constexpr int MATRICES = BLOCK_SIZE, RAW_B = MATRICES + 2 * BUFFERS * MATRIX, RAW_C = RAW_B + RAW, ROWS = RAW_C + RAW;
 
 __device__ __forceinline__ void request_matrices(const Params& p, float4* memory, const Block& k, int n0, int t0) {
   if (!B_CONSTANT && WIDE_B)
-    request_matrix(reinterpret_cast<uint4*>(memory + RAW_B), matrix_of(p.B, p.B_b, p.B_g, p.B_span, k), p.B_n, n0, t0, p.seqlen);
+    request_matrix(reinterpret_cast<uint4*>(memory + RAW_B), k.B, p.B_n, n0, t0, p.seqlen);
   if (!C_CONSTANT && WIDE_C)
-    request_matrix(reinterpret_cast<uint4*>(memory + RAW_C), matrix_of(p.C, p.C_b, p.C_g, p.C_span, k), p.C_n, n0, t0, p.seqlen);
+    request_matrix(reinterpret_cast<uint4*>(memory + RAW_C), k.C, p.C_n, n0, t0, p.seqlen);
 }
 
 __device__ __forceinline__ void convert_matrices(const Params& p, float4* memory, float4* to, const Block& k, int n0, int t0) {
   if (!B_CONSTANT)
-    convert_matrix<WIDE_B>(to, reinterpret_cast<const uint4*>(memory + RAW_B), matrix_of(p.B, p.B_b, p.B_g, p.B_span, k),
+    convert_matrix<WIDE_B>(to, reinterpret_cast<const uint4*>(memory + RAW_B), k.B,
                            p.B_n, p.B_l, n0, t0, p.seqlen);
   if (!C_CONSTANT)
     convert_matrix<WIDE_C>(to + MATRIX, reinterpret_cast<const uint4*>(memory + RAW_C),
-                           matrix_of(p.C, p.C_b, p.C_g, p.C_span, k), p.C_n, p.C_l, n0, t0, p.seqlen);
+                           k.C, p.C_n, p.C_l, n0, t0, p.seqlen);
 }
 
 // Where packed sequences start and end among a lane's steps, as bits; and how many lanes to the left (right) a scan
