@@ -1,6 +1,7 @@
 """Whole models: the forward pass and the training step; on a CPU one block, beside its PyTorch rivals."""
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -31,7 +32,10 @@ def cases(device, peer, backend=None):
 
 
 def whole(device, peer, backend=None):
-    """The rows: time of a call with everything around it, tokens a second, peak memory on a GPU."""
+    """The rows: time of a call with everything around it, tokens a second, peak memory on a GPU.
+
+    There each call is timed twice: launched by Python, and replayed as one CUDA graph.
+    """
     return model_block.whole(device, backend) if device.type == "cpu" else whole_models(device, peer)
 
 
@@ -48,7 +52,29 @@ def _rows_of(name, problem, device, peer):
     modules = competitors(size, device, torch.bfloat16 if forward else torch.float32, peer)
     ids, call = tokens_of(shape, device, 0), _forward if forward else _step
     calls = {n: functools.partial(call, module, ids) for n, module in modules.items()}
-    return measured(name, shape, torch.bfloat16, calls, device)
+    rows = measured(name, shape, torch.bfloat16, calls, device)
+    if device.type == "cuda":
+        graphs = {n: graph for n, call in calls.items() if (graph := captured(n, call))}
+        rows += measured(f"{name}, one graph", shape, torch.bfloat16, graphs, device, memory=False)
+    return rows
+
+
+def captured(name, call):
+    """A function that replays `call` from a CUDA graph, without Python; None (said) where that cannot be."""
+    stream = torch.cuda.Stream()  # of the warm-up too: a backward runs on the stream of its forward
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except RuntimeError as error:
+        print(f"{name}: not captured, {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return graph.replay
 
 
 class Plain(nn.Module):

@@ -82,6 +82,16 @@ def test_whole_models_are_checked_and_take_turns(published):
     ]  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_each_call_is_also_replayed_as_one_graph(capsys):
+    got = model.whole_models(torch.device("cuda"), False)
+    cases = ["tiny forward", "tiny forward, one graph", *["tiny step"] * 2, *["tiny step, one graph"] * 2]
+    assert [row["case"] for row in got] == cases
+    assert ["peak_bytes" in row for row in got] == [True, False, True, True, False, False]
+    assert capsys.readouterr().err.count("not captured") == 0
+
+
 def test_all_competitors_share_their_weights(published):
     modules = model.competitors("tiny", CPU, torch.float32, True)
     first, *others = [dict(module.model.named_parameters()) for module in modules.values()]
