@@ -31,6 +31,21 @@ def choose(operator, x, tensors, backend, obstacle=None):
     return "torch"
 
 
+def is_plain(*tensors):
+    """Whether autograd alone watches a call on these tensors, None where absent: no compiler, no tracer,
+    no transform of torch.func, no subclass.
+
+    Such a call needs no operator, whose dispatch costs host time: `torch.autograd.Function` will do.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, tensors))
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and not torch.jit.is_tracing()
+    )
+
+
 def on_device_of(x):
     """The context in which Triton launches on x's device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
@@ -49,8 +64,9 @@ def _obstacle(x, tensors):
         return "triton is not installed (extra 'triton')"
     if not x.is_cuda and not interpreted():
         return f"it needs a GPU (or TRITON_INTERPRET=1), and x is on {x.device}"
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "it computes in float32, and an argument is float64"
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return "it computes in float32, and an argument is float64"
     return "x is empty" if x.numel() == 0 else None
 
 
@@ -73,5 +89,6 @@ def _installed(module):
 
 
 _TRITON = _installed("triton")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 _HERE = contextlib.nullcontext()
 _warned = set()

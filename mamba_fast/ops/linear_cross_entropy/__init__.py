@@ -6,7 +6,7 @@ import torch
 
 from mamba_fast.ops import rooms
 from mamba_fast.ops.linear_cross_entropy.arguments import check, product_dtype
-from mamba_fast.ops.linear_cross_entropy.registration import linear_cross_entropy
+from mamba_fast.ops.linear_cross_entropy.registration import fused_loss
 
 __all__ = ["linear_cross_entropy_fn"]
 
@@ -34,8 +34,8 @@ def linear_cross_entropy_fn(
 
     Raises
     ------
-    TypeError, ValueError : name the argument, what came and what is accepted. On a GPU labels are not
-        looked at first: the loss of one that is out of range is NaN.
+    TypeError, ValueError : name the argument, what came and what is accepted. On a GPU nobody waits to
+        look at labels: the loss of one that is out of range is NaN, and so is a mean or sum with it.
 
     Notes
     -----
@@ -49,7 +49,7 @@ def linear_cross_entropy_fn(
     keep = [torch.is_grad_enabled() and v is not None and v.requires_grad for v in given]
     hidden = hidden_states.reshape(math.prod(labels.shape), weight.shape[1])
     valid = len(weight) if vocab_size is None else int(vocab_size)
-    loss, *_ = linear_cross_entropy(
+    loss = fused_loss(
         hidden, weight, bias, labels.reshape(-1), product_dtype(hidden_states), valid, ignore_index,
         reduction, name, keep,
     )  # fmt: skip

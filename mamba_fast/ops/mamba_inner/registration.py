@@ -9,22 +9,18 @@ from torch import Tensor
 
 from mamba_fast.ops.mamba_inner.fused_inner import backward, forward
 from mamba_fast.ops.mamba_inner.parts import Settings, Tensors
+from mamba_fast.ops.rooms import is_plain
 from mamba_fast.ops.selective_scan.registration import _room
 
 
 def inner(t, settings):
     """out (B, L, E) of checked arguments, differentiable in every tensor of them."""
     keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in t)
-    if torch.compiler.is_compiling() or not _is_plain(t):
+    if not is_plain(*t):
         return inner_operator(*t, *settings, keep)[0]
     if keep:
         return _Inner.apply(settings, *t)
     return forward(t, settings, False)[0]
-
-
-def _is_plain(t):
-    plain = (torch.Tensor, torch.nn.Parameter, type(None))
-    return all(type(v) in plain for v in t) and not torch._C._functorch.peek_interpreter_stack()
 
 
 class _Inner(torch.autograd.Function):

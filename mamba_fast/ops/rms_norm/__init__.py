@@ -4,7 +4,7 @@ import torch
 
 from mamba_fast.ops import rooms
 from mamba_fast.ops.rms_norm.arguments import check, refuse, refuse_dropout
-from mamba_fast.ops.rms_norm.registration import add_norm
+from mamba_fast.ops.rms_norm.registration import fused_norm
 from mamba_fast.ops.rms_norm.torch_norm import add_norm as add_norm_torch
 
 __all__ = ["RMSNorm", "layer_norm_fn", "rms_norm_fn"]
@@ -83,13 +83,13 @@ def _norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, rms, backen
     given = (x, weight, bias, residual)
     too_wide = f"x has rows of more than {MAX_WIDTH} numbers" if x.shape[-1] > MAX_WIDTH else None
     name = rooms.choose("rms_norm" if rms else "layer_norm", x, given, backend, too_wide)
-    at_least = torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
-    sum_dtype = at_least if residual is None else residual.dtype
+    if residual is not None:
+        sum_dtype = residual.dtype
+    else:
+        sum_dtype = torch.promote_types(x.dtype, torch.float32) if residual_in_fp32 else x.dtype
     is_x = residual is None and sum_dtype == x.dtype  # then s is x itself
     if name == "torch":
         y, s = add_norm_torch(x, weight, bias, residual, eps, sum_dtype, rms)
     else:
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        store = prenorm and not is_x
-        y, s, _, _ = add_norm(x, weight, bias, residual, float(eps), sum_dtype, rms, store, keep)
+        y, s = fused_norm(x, weight, bias, residual, float(eps), sum_dtype, rms, prenorm and not is_x)
     return (y, x if is_x else s) if prenorm else y

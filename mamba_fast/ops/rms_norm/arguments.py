@@ -20,11 +20,14 @@ def check(x, weight, bias, residual):
 
 def refuse(x1, weight1, bias1, dropout_p, rowscale, return_dropout_mask):
     """ValueError for what the published functions do for other models and these do not."""
-    second = "a second norm of the same sum"
-    reasons = {"x1": "a second input", "weight1": second, "bias1": second, "rowscale": "a factor a row"}
-    for (name, reason), value in zip(reasons.items(), (x1, weight1, bias1, rowscale), strict=True):
-        if value is not None:
-            raise ValueError(f"{name}: expected None ({reason} is not supported), got {_said(value)}")
+    if x1 is not None:
+        raise ValueError(_not_none("x1", "a second input", x1))
+    if weight1 is not None:
+        raise ValueError(_not_none("weight1", "a second norm of the same sum", weight1))
+    if bias1 is not None:
+        raise ValueError(_not_none("bias1", "a second norm of the same sum", bias1))
+    if rowscale is not None:
+        raise ValueError(_not_none("rowscale", "a factor a row", rowscale))
     refuse_dropout(dropout_p)
     if return_dropout_mask:
         raise ValueError(
@@ -37,8 +40,9 @@ def refuse_dropout(dropout_p):
         raise ValueError(f"dropout_p: expected 0.0 (dropout is not supported), got {dropout_p}")
 
 
-def _said(value):
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+def _not_none(name, reason, value):
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"{name}: expected None ({reason} is not supported), got {got}"
 
 
 def _float(name, value, x):

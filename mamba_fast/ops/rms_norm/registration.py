@@ -1,13 +1,51 @@
-"""Add and norm in Triton as PyTorch operators, so that autograd, torch.compile and fake tensors know them."""
+"""Add and norm in Triton as PyTorch operators, so that autograd, torch.compile and fake tensors know them.
 
+Plain eager calls go through `torch.autograd.Function` to the same functions: an operator's dispatch costs
+more host time than the rest of a call.
+"""
+
+import functools
 import importlib
 
 import torch
 from torch import Tensor
 
+from mamba_fast.ops.rooms import is_plain
 
+
+@functools.cache
 def _room():
     return importlib.import_module(f"{__package__}.triton_norm")
+
+
+def fused_norm(x, weight, bias, residual, eps, sum_dtype, rms, store):
+    """(y, s = x + residual if `store`) of checked arguments, differentiable in every tensor of them."""
+    keep = torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    if not is_plain(x, weight, bias, residual):
+        return add_norm(x, weight, bias, residual, eps, sum_dtype, rms, store, keep)[:2]
+    if keep:
+        return _Norm.apply(x, weight, bias, residual, eps, sum_dtype, rms, store, keep)
+    return _room().forward(x, weight, bias, residual, eps, sum_dtype, rms, store, keep)[:2]
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _room().forward(*inputs)
+        _setup(ctx, inputs, output)
+        y, s, _, _ = output
+        return y, s if ctx.stored else None
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        # With create_graph the operator is what refuses a second derivative.
+        direct = not torch.is_grad_enabled() and is_plain(dy, ds)
+        return _backward(ctx, dy, ds, run=_room().backward if direct else add_norm_backward)
 
 
 @torch.library.custom_op("mamba_fast::add_norm", mutates_args=())
@@ -52,20 +90,20 @@ def _(dy, ds, s, residual, weight, bias, mean, rstd, x_dtype, residual_dtype, rm
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, residual, _, _, rms, store, _ = inputs
+    x, weight, bias, residual, _, _, rms, ctx.stored, _ = inputs
     _, s, mean, rstd = output
     ctx.set_materialize_grads(False)
-    exact = store and s.dtype == torch.float32  # a rounded sum is found again from its terms
+    exact = ctx.stored and s.dtype == torch.float32  # a rounded sum is found again from its terms
     ctx.save_for_backward(*((s, None) if exact else (x, residual)), weight, bias, mean, rstd)
-    ctx.settings = (x.dtype, None if residual is None else residual.dtype, rms, store)
+    ctx.settings = (x.dtype, None if residual is None else residual.dtype, rms)
 
 
-def _backward(ctx, dy, ds, *_):
+def _backward(ctx, dy, ds, *_, run=add_norm_backward):
     s, residual, weight, bias, mean, rstd = ctx.saved_tensors
-    x_dtype, residual_dtype, rms, stored = ctx.settings
+    x_dtype, residual_dtype, rms = ctx.settings
     dy = torch.zeros_like(s, dtype=x_dtype) if dy is None else dy
-    ds = ds if stored else None
-    dx, dresidual, dweight, dbias = add_norm_backward(
+    ds = ds if ctx.stored else None
+    dx, dresidual, dweight, dbias = run(
         dy, ds, s, residual, weight, bias, mean, rstd, x_dtype, residual_dtype, rms
     )
     if residual_dtype in (None, x_dtype):
@@ -73,4 +111,12 @@ def _backward(ctx, dy, ds, *_):
     return dx, dweight, None if bias is None else dbias, dresidual, None, None, None, None, None
 
 
+def _twice(ctx, *_):
+    raise RuntimeError(
+        "layer_norm_fn, rms_norm_fn: the triton backend is differentiable once, and a second derivative was "
+        "asked for; the torch backend is differentiable twice"
+    )
+
+
 add_norm.register_autograd(_backward, setup_context=_setup)
+add_norm_backward.register_autograd(_twice)
