@@ -13,7 +13,7 @@ from mamba_fast.ops.mamba_inner import _cast
 from mamba_fast.ops.mamba_inner.parts import Settings, Tensors
 from mamba_fast.ops.mamba_inner.registration import inner
 
-BATCH, CHANNELS, SEQLEN = 2, 16, 16
+BATCH, CHANNELS, SEQLEN = 2, 16, 64
 ABSENT = (*NORMS, "B_proj_bias", "C_proj_bias")  # a Mamba block has none of these
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot"}
 MEMORY = {"empty", "empty_like", "new_empty", "fill_"}  # fill_: the poison of tests/conftest.py

@@ -13,20 +13,32 @@ _THREAD = 16  # numbers a thread. A multiprocessor then runs two or three rows, 
 def rows(logits, labels, losses, scale, vocab_size, ignore_index, keep):
     """Write `losses` (T,) of logits (T, V); if `keep`, the logits become scale (softmax - onehot).
 
-    Columns from vocab_size on have no probability, rows with ignore_index no loss and no gradient.
+    Columns from vocab_size on have no probability, rows with ignore_index no loss and no gradient. The loss
+    of a label out of range is NaN.
     """
     total, columns = logits.shape
     block = min(_BLOCK, triton.next_power_of_2(columns))
+    stride = logits.stride(0)
+    # Up to the end of the row's memory: a limit that is a multiple of 16, as the stride of `chunks` is, lets
+    # Triton read 16 bytes at a time.
+    width = stride if columns <= stride < columns + 16 else columns
     with on_device_of(logits):
         cross_entropy_kernel[(total,)](
-            logits, labels.contiguous(), losses, scale, logits.stride(0), columns, vocab_size, ignore_index,
+            logits, labels.contiguous(), losses, scale, stride, width, vocab_size, ignore_index,
             KEEP=keep, BLOCK=block, num_warps=max(1, block // (32 * _THREAD)),
         )  # fmt: skip
 
 
 @triton.jit
+def _logits(row_ptr, cols, width, vocab_size):
+    """Those of `cols`; -inf from vocab_size on, whatever stands there."""
+    p = tl.load(row_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+    return tl.where(cols < vocab_size, p, -float("inf"))
+
+
+@triton.jit
 def cross_entropy_kernel(
-    logits_ptr, labels_ptr, losses_ptr, scale_ptr, stride, columns, vocab_size, ignore_index,
+    logits_ptr, labels_ptr, losses_ptr, scale_ptr, stride, width, vocab_size, ignore_index,
     KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = lse - logits[label]; if KEEP, logits = scale · (exp(logits - lse) - onehot), 0 where ignored.
@@ -42,7 +54,7 @@ def cross_entropy_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocab_size, BLOCK):
         cols = first + offs
-        p = tl.load(row_ptr + cols, mask=cols < vocab_size, other=-float("inf")).to(tl.float32)
+        p = _logits(row_ptr, cols, width, vocab_size)
         rise = p - top
         small = tl.exp(-tl.abs(rise))
         total = tl.where(rise > 0, total * small + 1, total + small)
@@ -57,9 +69,9 @@ def cross_entropy_kernel(
         scale = 1.0
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + row).to(tl.float32)
-        for first in range(0, columns, BLOCK):
+        for first in range(0, width, BLOCK):
             cols = first + offs
-            p = tl.load(row_ptr + cols, mask=cols < vocab_size, other=-float("inf")).to(tl.float32)
+            p = _logits(row_ptr, cols, width, vocab_size)
             grad = scale * (tl.exp(p - lse) - tl.where(cols == label, 1.0, 0.0))
             grad = tl.where(live, grad, 0.0).to(logits_ptr.dtype.element_ty)
-            tl.store(row_ptr + cols, grad, mask=cols < columns)
+            tl.store(row_ptr + cols, grad, mask=cols < width)
