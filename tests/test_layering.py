@@ -16,7 +16,7 @@ TEXT = {".py", ".cu", ".cuh", ".md", ".ipynb", ".toml", ".txt", ".yml", ".cfg"}
 
 # An import may fail without its library in these rooms alone.
 ROOMS = re.compile(
-    r"mamba_fast\.ops\.\w+\.(triton|numba)_\w+|mamba_fast\.ladder\.(common|k\d_\w+)|mamba_ref\.plots(_\w+)?"
+    r"mamba_fast\.ops\.(\w+\.)?(triton|numba)_\w+|mamba_fast\.ladder\.(common|k\d_\w+)|mamba_ref\.plots(_\w+)?"
     r"|mamba_fast\.harness_model"
 )
 LIBRARIES = ("triton", "numba", "llvmlite", "cuda", "matplotlib", "transformers", "safetensors", "lm_eval")

@@ -21,6 +21,7 @@ from mamba_fast.ops.causal_conv1d.triton_forward import conv_columns_kernel, con
 from mamba_fast.ops.causal_conv1d.triton_update import conv_states_kernel, conv_update_kernel, reach_kernel
 from mamba_fast.ops.rooms import multiprocessors
 from mamba_fast.ops.selective_scan.backends import interpreted
+from mamba_fast.ops.triton_launch import Launch, looks, named
 
 __all__ = ["backward", "forward", "update", "varlen_states"]
 
@@ -74,19 +75,24 @@ class _Plan(NamedTuple):
     warps: int
 
 
-def _plan(x, direction, *others):
-    """Block sizes for x; `others` are the strides of the other tensors of its shape."""
+def _plan(x, direction, device, *others):
+    """Block sizes for the look x; `others` are the strides of the other tensors of its shape."""
     channels, seqlen = x.shape[1:]
-    strides = x.stride()
-    columns = strides[1] == 1 and (strides[2] != 1 or seqlen == 1)
+    strides = x.strides
+    columns = _has_columns(x.shape, strides)
     table = BLOCKS[f"{direction}_{'columns' if columns else 'rows'}"]
-    together = table.programs * _multiprocessors(x.device)
-    width = 16 // x.element_size()  # numbers in the widest access of a thread
+    together = table.programs * multiprocessors(torch.empty(0, device=device))
+    width = 16 // x.dtype.itemsize  # numbers in the widest access of a thread
     if columns:
         vec = math.gcd(width, channels, strides[0], strides[2], *(s for o in others for s in o[::2]))
         return _plan_columns(x, table, together, vec)
     vec = math.gcd(width, seqlen, strides[0], strides[1], *(s for o in others for s in o[:2]))
     return _plan_rows(x, table, together, vec, width)
+
+
+def _has_columns(shape, strides):
+    """Whether the channels of a step lie side by side, and not the steps of a channel."""
+    return strides[1] == 1 and (strides[2] != 1 or shape[2] == 1)
 
 
 def _plan_rows(x, table, together, vec, unit):
@@ -136,30 +142,32 @@ def _power_of_2(n):
     return 1 << (n - 1).bit_length()
 
 
-_multiprocessors = functools.cache(lambda device: multiprocessors(torch.empty(0, device=device)))
-
-
 def forward(x, weight, bias, seq_idx, initial_states, silu, want_final, y=None):
     """y (B, D, L) and final states (B, D, W - 1), which are empty if nobody wants them.
 
     y is written into `y` if that is given, whatever its strides.
     """
-    _, channels, seqlen = x.shape
     y = torch.empty_like(x) if y is None else y
-    plan = _plan(x, "forward", y.stride())
-    width = weight.shape[1]
     bias = None if bias is None else bias.contiguous()
-    kernel = conv_columns_kernel if plan.columns else conv_rows_kernel
-    kernel[(plan.parts * plan.blocks,)](
-        x, weight, bias, initial_states, _reach(seq_idx, width), y, x.stride(), weight.stride(),
-        _strides(initial_states), y.stride(), channels, seqlen, plan.tiles, plan.blocks, plan.run,
-        WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=initial_states is not None,
-        PACKED=seq_idx is not None, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec, BLOCK_D=plan.block_d,
+    known = looks(x, weight, bias, initial_states, y)
+    launch = _forward_launch(known, seq_idx is not None, silu, x.device)
+    launch(x, weight, bias, initial_states, _reach(seq_idx, weight.shape[1]), y)
+    if want_final:
+        return y, final_states_torch(x, weight.shape[1], seq_idx, initial_states)
+    return y, x.new_empty(0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(looks, packed, silu, device):
+    x, weight, bias, init, y = named(looks)
+    plan = _plan(x, "forward", device, y.strides)
+    return Launch(
+        conv_columns_kernel if plan.columns else conv_rows_kernel, (plan.parts * plan.blocks,),
+        x.strides, weight.strides, _strides(init), y.strides, *x.shape[1:], plan.tiles, plan.blocks, plan.run,
+        WIDTH=weight.shape[1], SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=init is not None,
+        PACKED=packed, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec, BLOCK_D=plan.block_d,
         BLOCK_G=plan.block_g, num_warps=plan.warps,
     )  # fmt: skip
-    if want_final:
-        return y, final_states_torch(x, width, seq_idx, initial_states)
-    return y, x.new_empty(0)
 
 
 def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu, dx=None):
@@ -167,39 +175,57 @@ def backward(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu, dx=None
 
     dx is written into `dx` if that is given; its time steps or channels lie side by side as those of x do.
     """
-    (batch, channels, seqlen), width = x.shape, weight.shape[1]
     dx = torch.empty_like(x) if dx is None else dx
-    plan = _plan(x, "backward", dx.stride(), dy.stride())
-    fast = 1 if plan.columns else 2
-    if dy.stride(fast) != 1:  # reading across the grain is slower than a copy
-        dy = torch.empty_like(x).copy_(dy)
-        plan = _plan(x, "backward", dx.stride())
-    direct = plan.parts == 1
-    sums = None
-    if not direct:
-        sums = torch.empty(plan.parts, width + 1, channels, dtype=torch.float32, device=x.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
-    dinit = None if initial_states is None else torch.empty_like(initial_states)
+    if dy.stride(1 if _has_columns(x.shape, x.stride()) else 2) != 1:
+        dy = torch.empty_like(x).copy_(dy)  # reading across the grain is slower than a copy
     bias = None if bias is None else bias.contiguous()
-    kernel = conv_columns_backward_kernel if plan.columns else conv_rows_backward_kernel
-    kernel[(plan.parts * plan.blocks,)](
-        x, weight, bias, initial_states, _reach(seq_idx, width), dy, dx, sums, dweight, dbias, dinit,
-        x.stride(), weight.stride(), _strides(initial_states), dy.stride(), dx.stride(), _strides(dinit),
-        batch, channels, seqlen, plan.tiles, plan.blocks, plan.run, plan.rows,
-        WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=dinit is not None,
-        PACKED=seq_idx is not None, DIRECT=direct, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec,
-        BLOCK_D=plan.block_d, BLOCK_G=plan.block_g, num_warps=plan.warps,
-    )  # fmt: skip
-    if not direct:
-        block = 64
-        conv_parts_kernel[(triton.cdiv(channels * (width + 1), block),)](
-            sums, dweight, dbias, channels, plan.parts, WIDTH=width, HAS_BIAS=bias is not None,
-            BLOCK_P=32, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    dinit = None if initial_states is None else torch.empty_like(initial_states)
+    known = looks(x, weight, bias, initial_states, dy, dx, dinit)
+    launches = _backward_launches(known, seq_idx is not None, silu, x.device)
+    sums = None
+    if launches.sums:
+        sums = torch.empty(launches.sums, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    dbias = None if bias is None else torch.empty_like(bias)
+    reach = _reach(seq_idx, weight.shape[1])
+    launches.main(x, weight, bias, initial_states, reach, dy, dx, sums, dweight, dbias, dinit)
+    if launches.sums:
+        launches.add_up(sums, dweight, dbias)
     if dfinal is not None:
         _add_final(dx, dinit, dfinal, seq_idx)
     return dx, dweight, dbias, dinit
+
+
+class _Backward(NamedTuple):
+    """The launches of a backward, and the shape of what one hands to the other, if there is a second."""
+
+    main: Launch
+    add_up: Launch | None = None
+    sums: tuple = ()
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(looks, packed, silu, device):
+    x, weight, bias, init, dy, dx, dinit = named(looks)
+    (batch, channels, seqlen), width = x.shape, weight.shape[1]
+    plan = _plan(x, "backward", device, dx.strides, dy.strides)
+    main = Launch(
+        conv_columns_backward_kernel if plan.columns else conv_rows_backward_kernel,
+        (plan.parts * plan.blocks,),
+        x.strides, weight.strides, _strides(init), dy.strides, dx.strides, _strides(dinit),
+        batch, channels, seqlen, plan.tiles, plan.blocks, plan.run, plan.rows,
+        WIDTH=width, SILU=silu, HAS_BIAS=bias is not None, HAS_INIT=dinit is not None,
+        PACKED=packed, DIRECT=plan.parts == 1, STEPS=plan.steps, UNIT=plan.unit, VEC=plan.vec,
+        BLOCK_D=plan.block_d, BLOCK_G=plan.block_g, num_warps=plan.warps,
+    )  # fmt: skip
+    if plan.parts == 1:
+        return _Backward(main)
+    block = 64
+    add_up = Launch(
+        conv_parts_kernel, (triton.cdiv(channels * (width + 1), block),), channels, plan.parts,
+        WIDTH=width, HAS_BIAS=bias is not None, BLOCK_P=32, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return _Backward(main, add_up, (plan.parts, width + 1, channels))
 
 
 def _add_final(dx, dinit, dfinal, seq_idx):
@@ -258,5 +284,5 @@ def varlen_states(x, cu_seqlens, state_len):
     return states
 
 
-def _strides(tensor):
-    return (0, 0, 0) if tensor is None else tensor.stride()
+def _strides(look):
+    return (0, 0, 0) if look is None else look.strides

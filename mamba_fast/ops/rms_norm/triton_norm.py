@@ -4,6 +4,7 @@ The backward's programs walk over many rows each, so that dweight and dbias are 
 first; what the programs found is then summed in a fixed order.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mamba_fast.ops.rooms import multiprocessors, on_device_of
+from mamba_fast.ops.triton_launch import Launch, looks, named
 
 _FORWARD_TILE, _BACKWARD_TILE = 2048, 4096  # numbers a program, if more than one row fits
 _FORWARD_THREAD, _BACKWARD_THREAD = 16, 16  # numbers a thread
@@ -34,54 +36,99 @@ def _plan(total, width, tile, a_thread):
 
 def forward(x, weight, bias, residual, eps, sum_dtype, rms, store, keep):
     """y like x, s = x + residual in `sum_dtype` if `store`; mean (not if rms) and 1 / std a row if `keep`."""
-    x_rows, residual_rows = _rows(x), _rows(residual)
-    total, width = x_rows.shape
-    plan = _plan(total, width, _FORWARD_TILE, _FORWARD_THREAD)
+    x, residual = _in_rows(x), _in_rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    launch = _forward_launch(looks(x, weight, bias, residual), eps, sum_dtype, rms, store, keep)
+    total = x.numel() // x.shape[-1] if keep else 0
     y = x.new_empty(x.shape)
     s = x.new_empty(x.shape if store else 0, dtype=sum_dtype)
-    mean = x.new_empty(total if keep and not rms else 0, dtype=torch.float32)
-    rstd = x.new_empty(total if keep else 0, dtype=torch.float32)
+    mean = x.new_empty(0 if rms else total, dtype=torch.float32)
+    rstd = x.new_empty(total, dtype=torch.float32)
     with on_device_of(x):
-        norm_forward_kernel[(-(-total // plan.rows),)](
-            x_rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), y,
-            s if store else None, mean if keep and not rms else None, rstd if keep else None,
-            x_rows.stride(0), 0 if residual is None else residual_rows.stride(0), total, eps,
-            WIDTH=width, RMS=rms, ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps,
+        launch(
+            x, residual, weight, bias, y, s if store else None, mean if keep and not rms else None,
+            rstd if keep else None,
         )  # fmt: skip
     return y, s, mean, rstd
 
 
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(looks, eps, sum_dtype, rms, store, keep):
+    x, _, _, residual = named(looks)
+    total, width = x.shape[:-1].numel(), x.shape[-1]
+    plan = _plan(total, width, _FORWARD_TILE, _FORWARD_THREAD)
+    return Launch(
+        norm_forward_kernel, (-(-total // plan.rows),),
+        _distance(x), _distance(residual), total, eps,
+        WIDTH=width, RMS=rms, ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps,
+    )  # fmt: skip
+
+
 def backward(dy, ds, s, residual, weight, bias, mean, rstd, x_dtype, residual_dtype, rms):
     """Of the norm of s + residual: dx, dresidual (None where dx is the same), dweight, dbias or None."""
-    rows = [_rows(v) for v in (dy, ds, s, residual)]
-    total, width = rows[0].shape
-    plan = _plan(total, width, _BACKWARD_TILE, _BACKWARD_THREAD)
-    programs = min(-(-total // plan.rows), _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(dy))
+    rows = [_in_rows(v) for v in (dy, ds, s, residual)]
+    weight = weight.contiguous()
+    dresidual_dtype = None if residual_dtype == x_dtype else residual_dtype
+    launches = _backward_launches(looks(*rows, weight, bias), x_dtype, dresidual_dtype, rms, dy.device)
     dx = dy.new_empty(dy.shape, dtype=x_dtype)
-    apart = residual_dtype not in (None, x_dtype)
-    dresidual = dy.new_empty(dy.shape, dtype=residual_dtype) if apart else None
-    parts = dy.new_empty(1 if bias is None else 2, programs, width, dtype=torch.float32)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dresidual = None if dresidual_dtype is None else dy.new_empty(dy.shape, dtype=dresidual_dtype)
+    parts = dy.new_empty(launches.parts, dtype=torch.float32)
+    dweight = torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
     with on_device_of(dy):
-        norm_backward_kernel[(programs,)](
-            *rows, weight.contiguous(), None if rms else mean, rstd, dx, dresidual, parts,
-            *(0 if v is None else v.stride(0) for v in rows), total, programs,
-            WIDTH=width, RMS=rms, HAS_BIAS=bias is not None, ROWS=plan.rows, BLOCK=plan.block,
-            num_warps=plan.warps,
-        )  # fmt: skip
-        sum_parts_kernel[(-(-width // 32), len(parts))](
-            parts, dweight, dbias, programs, WIDTH=width, ROWS=128, BLOCK=32, num_warps=8
-        )
+        launches.main(*rows, weight, None if rms else mean, rstd, dx, dresidual, parts)
+        launches.add_up(parts, dweight, dbias)
     return dx, dresidual, dweight, dbias
 
 
-def _rows(v):
-    """(..., M) as (rows, M) with neighbours side by side; a copy only where strides leave no other way."""
-    if v is None:
+class _Backward(NamedTuple):
+    """The launches of a backward, and the shape of what one hands to the other."""
+
+    main: Launch
+    add_up: Launch
+    parts: tuple
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(looks, x_dtype, dresidual_dtype, rms, device):
+    *rows, _, bias = named(looks)
+    total, width = rows[0].shape[:-1].numel(), rows[0].shape[-1]
+    plan = _plan(total, width, _BACKWARD_TILE, _BACKWARD_THREAD)
+    together = _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(torch.empty(0, device=device))
+    programs = min(-(-total // plan.rows), together)
+    main = Launch(
+        norm_backward_kernel, (programs,),
+        *map(_distance, rows), total, programs,
+        WIDTH=width, RMS=rms, HAS_BIAS=bias is not None, ROWS=plan.rows, BLOCK=plan.block,
+        num_warps=plan.warps,
+    )  # fmt: skip
+    parts = (1 if bias is None else 2, programs, width)
+    grid = -(-width // 32), parts[0]
+    add_up = Launch(sum_parts_kernel, grid, programs, WIDTH=width, ROWS=128, BLOCK=32, num_warps=8)
+    return _Backward(main, add_up, parts)
+
+
+def _in_rows(v):
+    """v (..., M) if the kernels can read it as it lies, else a copy."""
+    if v is None or v.is_contiguous() or _row_stride(v.shape, v.stride()) is not None:
+        return v
+    return v.contiguous()
+
+
+def _distance(look):
+    """From row to row of a tensor that is `_in_rows`; 0 for None."""
+    return 0 if look is None else _row_stride(look.shape, look.strides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_stride(shape, strides):
+    """Numbers from row to row of (..., M) with neighbours side by side; None if it does not lie like that."""
+    if strides[-1] != 1 and shape[-1] != 1:
         return None
-    v = v.reshape(-1, v.shape[-1])
-    return v if v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
+    try:
+        return torch.empty_strided(shape, strides, device="meta").view(-1, shape[-1]).stride(0)
+    except RuntimeError:  # no distance is the same for all rows
+        return None
 
 
 @triton.jit
