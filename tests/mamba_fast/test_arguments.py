@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import at_precision
+from cases import at_precision, device_of
 from scan_inputs import scan_inputs
 
 from mamba_fast import explain_backend, selective_scan_fn
@@ -198,16 +198,17 @@ FUSED = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("numb
 
 @pytest.mark.parametrize("fused", FUSED)
 def test_a_fused_backend_asked_to_take_float64(fused):
-    inputs = scan_inputs(1, BATCH, D_INNER, SEQLEN, D_STATE) | {"backend": fused}
+    inputs = scan_inputs(1, BATCH, D_INNER, SEQLEN, D_STATE)
     accepted = "its state is float32, and u is float64"
-    refuse(ValueError, "backend", f"{fused!r} cannot take this call", accepted, **inputs)
+    refuse(ValueError, "backend", f"{fused!r} cannot take this call", accepted,
+           **at_precision(inputs, torch.float64, device_of(fused)), backend=fused)  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", FUSED)
 def test_a_fused_backend_asked_to_take_a_complex_A(fused):
     inputs = scan_inputs(1, BATCH, D_INNER, SEQLEN, D_STATE, complex_A=True)
     refuse(ValueError, "backend", f"{fused!r} cannot take this call", "complex A runs on the torch backend",
-           **at_precision(inputs, torch.float32), backend=fused)  # fmt: skip
+           **at_precision(inputs, torch.float32, device_of(fused)), backend=fused)  # fmt: skip
 
 
 @pytest.mark.numba

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from cases import device_of
 from conv_inputs import conv_inputs, outcome
 
 from mamba_fast import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
@@ -147,6 +148,6 @@ def test_what_is_refused(function, name, value, error, came, accepted):
 
 @pytest.mark.triton
 def test_triton_asked_to_take_float64():
-    given = {k: v.double() for k, v in arguments("fn").items()}
+    given = {k: v.to(device_of("triton"), torch.float64) for k, v in arguments("fn").items()}
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot take this call: .* float64"):
         causal_conv1d_fn(**given, backend="triton")

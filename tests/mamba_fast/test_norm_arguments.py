@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import device_of
 
 from mamba_fast import RMSNorm, layer_norm_fn, rms_norm_fn
 
@@ -59,5 +60,7 @@ def test_the_module_refuses_dropout():
     "width, dtype, reason", [(5, torch.float64, "float64"), (32769, torch.float32, "more than 32768")]
 )
 def test_triton_refuses_what_it_cannot_compute(width, dtype, reason):
+    device = device_of("triton")
+    x, weight = torch.ones(3, width, dtype=dtype, device=device), torch.ones(width, device=device)
     with pytest.raises(ValueError, match=f"^backend: 'triton' cannot take this call: .*{reason}"):
-        rms_norm_fn(torch.ones(3, width, dtype=dtype), torch.ones(width), None, backend="triton")
+        rms_norm_fn(x, weight, None, backend="triton")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import device_of
 from step_inputs import at_types, step_inputs
 
 from mamba_fast import selective_state_update
@@ -113,7 +114,7 @@ def test_an_error_names_the_argument_what_came_and_what_is_accepted(error, name,
 
 @pytest.mark.triton
 def test_triton_asked_to_take_float64():
-    inputs = step_inputs(2, 0, 5, 4)
+    inputs = step_inputs(2, 0, 5, 4, device=device_of("triton"))
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot take this call: .* float64"):
         selective_state_update(**inputs | {"D": inputs["D"].double()}, backend="triton")
 
