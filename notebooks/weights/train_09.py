@@ -18,7 +18,7 @@ LENGTHS = [2**k for k in range(5, 15)]  # the run ends when a few sequences of e
 def main(seed="1", folder=Path(__file__).parent / "09_induction", minutes="20"):
     with tempfile.TemporaryDirectory() as work:
         options = Namespace(quick=True, device=torch.device("cpu"), work=Path(work), minutes=float(minutes))
-        result, lines = induction.trained(options, int(seed), LENGTHS)
+        result, lines = induction.trained(options, int(seed), until=LENGTHS)
     print(f"{result.step} steps, {result.seconds:.0f} s, {lines[-1]}")
     result.model.save_pretrained(folder, format="hf")
 

@@ -11,10 +11,21 @@ constexpr int SHARES = N <= 64 ? LANES : 1;          // places of a channel for 
 // Then the shared memory of a block holds, in float4s: delta, u, dy and z of each warp (two buffers), the Ones of a warp's lanes; for
 // ordered sums dB and dC of each warp for a group of states (two buffers); (A, state entering the tile, flow entering it
 // from the right; the flow that leaves it) of each channel and n; in floats: the states entering the next tile, dA, dD
-// and ddelta_bias of each channel, and the gradients of a constant B and C. The two flows change places at every tile.
+// and ddelta_bias of each channel (each a Sum), and the gradients of a constant B and C. The two flows change places at every tile.
 constexpr int ALL_SLOTS = TENSORS * SLOTS * WARPS, ALL_ONES = ROWS + 2 * ALL_SLOTS, ALL_PARTS = ALL_ONES + 64, PARTS_OF_A_GROUP = GROUP * THREADS;
 constexpr int RUNNING = ALL_PARTS + (ORDERED ? 2 * PARTS_OF_A_GROUP : 0), ENTERING = 4 * (RUNNING + BLOCK_D * ROW_A);
-constexpr int ALL_DA = ENTERING + BLOCK_D * N, SUMS = ALL_DA + BLOCK_D * SHARES * N, CONSTANTS = SUMS + 2 * BLOCK_D;
+constexpr int ALL_DA = ENTERING + BLOCK_D * N, SUMS = ALL_DA + BLOCK_D * SHARES * N, CONSTANTS = SUMS + 4 * BLOCK_D;
+
+// A sum over many tiles, and what its last rounding lost (Kahan).
+struct Sum {
+  float total, lost;
+};
+
+__device__ __forceinline__ void add_exactly(Sum& sum, float v) {
+  const float added = v - sum.lost, total = sum.total + added;
+  sum.lost = (total - sum.total) - added;
+  sum.total = total;
+}
 
 // The inputs of a lane's steps, and what they have gathered from the states so far. delta and total: times log2 e.
 struct Steps {

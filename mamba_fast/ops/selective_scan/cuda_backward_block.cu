@@ -71,6 +71,11 @@ __device__ __forceinline__ float* dA_place(float4* memory, const Place& w, int n
   return reinterpret_cast<float*>(memory) + ALL_DA + n * SHARES * BLOCK_D + (SHARES > 1 ? w.warp * 32 + w.lane : w.local);
 }
 
+// dD and ddelta_bias of a lane's channel.
+__device__ __forceinline__ Sum* sums_of(float4* memory, const Place& w) {
+  return reinterpret_cast<Sum*>(reinterpret_cast<float*>(memory) + SUMS) + 2 * w.local;
+}
+
 // What a block has gathered over its tokens: sums over tokens for each channel, the flow before the first token.
 __device__ __forceinline__ void finish_block(const Params& p, const Block& k, float4* memory, int parity) {
   const Place w = find_place(p, k);
@@ -83,8 +88,8 @@ __device__ __forceinline__ void finish_block(const Params& p, const Block& k, fl
   };
   __syncwarp();
   if (!w.here) return;
-  if (w.j == 0 && p.D) add(p.dD + slot * p.channels + w.d, numbers[SUMS + 2 * w.local]);
-  if (w.j == 0 && p.bias) add(p.dbias + slot * p.channels + w.d, numbers[SUMS + 2 * w.local + 1]);
+  if (w.j == 0 && p.D) add(p.dD + slot * p.channels + w.d, sums_of(memory, w)[0].total);
+  if (w.j == 0 && p.bias) add(p.dbias + slot * p.channels + w.d, sums_of(memory, w)[1].total);
   for (int n = w.j; n < N; n += LANES) {
     const int64 at = (int64)w.d * N + n;
     const float* dA = dA_place(memory, w, n) - (SHARES > 1 ? w.j * CHANNELS : 0);
@@ -180,7 +185,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
           request_states(p, w, numbers + ENTERING, t0 - TILE);
         }
         const float dD = sum_lanes(begin_tile(p, w, steps, left));
-        if (w.j == 0) numbers[SUMS + 2 * w.local] += dD;
+        if (w.j == 0) add_exactly(sums_of(memory, w)[0], dD);
       }
       __syncthreads();
       const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * p.seqlen, t0, p.seqlen, w) : Cuts{};
@@ -191,7 +196,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
     const Place w = find_place(p, k);
     const int t = t0 + w.j * STEPS, left = w.here ? p.seqlen - t : 0;
     const float dbias = sum_lanes(finish_tile(p, k, w, steps, slots_of(memory, w, parity), t, left));
-    if (w.j == 0) numbers[SUMS + 2 * w.local + 1] += dbias;
+    if (w.j == 0) add_exactly(sums_of(memory, w)[1], dbias);
     parity ^= 1;
   }
   finish_block(p, k, memory, parity);

@@ -145,7 +145,7 @@ def shared_bytes(entry, cut, defines):
     shares = cut.lanes if n <= 64 else 1
     constants = 8 * cut.block_d * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
     inputs = 2 * (3 + defines["HAS_Z"]) * slots
-    sums = cut.block_d * (16 * row + 4 * n * (1 + shares) + 8) + constants
+    sums = cut.block_d * (16 * row + 4 * n * (1 + shares) + 16) + constants
     return block + 2 * buffers * matrix + 2 * raw + inputs + parts + sums
 
 
