@@ -77,6 +77,21 @@ def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, 
     check_agrees(inputs, "cuda", device=DEVICE, function=ordered)
 
 
+@pytest.mark.parametrize("token", [20, 31])
+def test_a_nan_in_dB_and_dC_reaches_its_eight_tokens(token):
+    """dB comes against the tokens and dC along them; beyond the eight that are added up together: nothing."""
+    inputs = at_precision(scan_inputs(8, 1, 6, 100, 2), torch.float32, DEVICE)
+    inputs = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with torch.no_grad():
+        inputs["u"][0, 1, token] = torch.nan
+    y = selective_scan_fn(**inputs, backend="cuda")
+    y.backward(torch.ones_like(y))
+    first = token // 8 * 8
+    assert inputs["C"].grad[..., :first].isfinite().all()
+    assert inputs["C"].grad[..., token:].isnan().all()
+    assert inputs["B"].grad[..., first + 8 :].isfinite().all()
+
+
 @pytest.mark.parametrize("d_state", [1, 17, 256])
 def test_few_and_many_states(d_state):
     check_agrees(scan_inputs(4, 1, 3, 40, d_state), "cuda", device=DEVICE)
