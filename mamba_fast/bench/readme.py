@@ -104,7 +104,8 @@ def shown(value):
             return shown(value["median"])
         return ", ".join(f"{name} {shown(entry)}" for name, entry in value.items())
     if isinstance(value, list):
-        return ", ".join(shown(entry) for entry in value)
+        nested = any(isinstance(entry, list) for entry in value)
+        return ("; " if nested else ", ").join(shown(entry) for entry in value)
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
     return "" if value is None else str(value)

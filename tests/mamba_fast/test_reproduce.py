@@ -2,7 +2,6 @@
 
 import json
 import runpy
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from mamba_fast.bench.figure import source
 from mamba_fast.reproduce import copying, counts, figure8, induction, precision, report
 from mamba_fast.reproduce.__main__ import NAMES, main, page
 from mamba_fast.reproduce.partly import ALL, partly_selective_model
-from mamba_fast.train import load_config, selective_copying
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TABLE_9 = [358.9, 359.1, 359.3, 359.7, 360.5, 362.1, 365.2, 371.5]
@@ -122,26 +120,6 @@ def test_states_are_carried_from_piece_to_piece(monkeypatch):
     assert torch.allclose(*logits, rtol=1e-9)
 
 
-def test_the_copying_test_counts_tokens():
-    """A model that has the answer is right everywhere, one that says noise nowhere."""
-    config = load_config("copying", {"device": "cpu", "graph": False, "seqlen": 20, "batch_size": 3})
-
-    class Oracle:
-        def __call__(self, ids, num_last_tokens):
-            data = torch.stack([row[:20][row[:20] > 0] for row in ids])
-            return Namespace(logits=torch.nn.functional.one_hot(data, 16).float())
-
-    class Noise:
-        def __call__(self, ids, num_last_tokens):
-            logits = torch.zeros(*ids[:, -num_last_tokens:].shape, 16)
-            logits[..., 0] = 1
-            return Namespace(logits=logits)
-
-    assert copying.correct(Oracle(), config, 2).tolist() == np.ones((6, 16)).tolist()
-    assert copying.correct(Noise(), config, 2).tolist() == np.zeros((6, 16)).tolist()
-    assert selective_copying(3, 20).last == 16
-
-
 def test_a_long_convolution_is_the_sum():
     u, kernel = torch.randn(1, 2, 13), torch.randn(1, 2, 13)
     want = [[[sum(kernel[0, d, s] * u[0, d, t - s] for s in range(t + 1)) for t in range(13)]
@@ -164,13 +142,6 @@ def test_induction_runs(tmp_path, capsys, monkeypatch):
     assert found["runs"][0]["steps"] == FEW["steps"]
     assert "1 seeds: 100 %" in capsys.readouterr().out
     assert (tmp_path / "induction-quick.png").stat().st_size > 10_000
-
-
-def test_copying_runs_all_subsets(tmp_path, monkeypatch):
-    monkeypatch.setattr(copying, "QUICK", copying.QUICK | FEW)
-    found = quick("copying", tmp_path)
-    assert len({row["selective"] for row in found["rows"]}) == 8
-    assert all(row["sequences"] <= row["tokens"] for row in found["rows"])
 
 
 def test_figure8_times_every_way(tmp_path, monkeypatch):
