@@ -73,7 +73,9 @@ def poisoned_memory(monkeypatch):
     def poisoned(allocate):
         def call(*args, **kwargs):
             out = allocate(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() or out.is_complex() else out
+            if out.is_floating_point() or out.is_complex():
+                out.detach().fill_(float("nan"))  # a leaf may ask for gradients
+            return out
 
         return call
 

@@ -97,15 +97,16 @@ __device__ __forceinline__ T* row_of(T* tensor, int64 stride_d, int d) {
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
 
-// log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1, log(1 + w) = 2 atanh(s), s = w / (2 + w) <= 1/3. The
-// polynomial in s^2 is within 4e-9 of atanh(s) / s, so that small results keep their digits too.
+// log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1. The polynomial is within 3e-8 of log(1 + w) / w, so that
+// small results keep their digits too.
 __device__ __forceinline__ float softplus(float x) {
-  float w = ex2(-fabsf(x) * LOG2E), s2 = w * reciprocal(fmaf(0.5f, w, 1.f)), q = s2 * s2;
-  float p = fmaf(q, 0.14089167f / 256, 0.13980301f / 64);
-  p = fmaf(q, p, 0.20012455f / 16);
-  p = fmaf(q, p, 0.33333157f / 4);
-  p = fmaf(q, p, 1.f);
-  return fmaf(s2, p, fmaxf(x, 0.f));
+  constexpr float series[] = {0.99999994f, -0.49999493f, 0.33319098f, -0.24842982f, 0.19106005f,
+                              -0.13663241f, 0.078225896f, -0.029505204f, 0.0052326857f};
+  const float w = ex2(-fabsf(x) * LOG2E);
+  float p = series[8];
+#pragma unroll
+  for (int i = 7; i >= 0; i--) p = fmaf(w, p, series[i]);
+  return fmaf(w, p, fmaxf(x, 0.f));
 }
 
 __device__ __forceinline__ void spread(uint4 v, float* out) {
