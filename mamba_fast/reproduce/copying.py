@@ -24,10 +24,10 @@ SYMBOLS = {"delta": "Δ", "B": "B", "C": "C"}
 COMMON = {"warmup": 200, "eval_every": 100, "eval_batches": 2}
 TABLE_1 = COMMON | {
     "lr": 3e-3, "schedule": "cosine", "final_lr": 1e-4,  # in each stage
-    "stages": ((64, 20000), (256, 8000), (1024, 5000), (4096, 6000)),  # length, steps at most
+    "stages": ((64, 12000), (256, 4000), (1024, 2500), (4096, 4000)),  # length, steps at most
 }  # fmt: skip
 SMALL = COMMON | {
-    "lr": 2e-3, "stages": ((256, 10000),), "data.n_tokens": 8, "dtype": "float32", "save_every": 10**6,
+    "lr": 2e-3, "stages": ((256, 6000),), "data.n_tokens": 8, "dtype": "float32", "save_every": 10**6,
 }  # fmt: skip
 QUICK = SMALL | {
     "stages": ((32, 1500),), "data.n_tokens": 4, "batch_size": 32, "model.d_model": 32, "warmup": 20,
