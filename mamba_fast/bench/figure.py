@@ -134,15 +134,15 @@ def _bars(plt, result):
     """A group a case, a bar a model: its time, and on a GPU its peak memory, of the slowest or largest."""
     rows = result["rows"]
     cases, names = (list(dict.fromkeys(row[k] for row in rows)) for k in ("case", "name"))
-    parts = [("time", "ms", lambda row: row["time"]["median"], "{:.3g}")]
-    if "peak_bytes" in rows[0]:
-        parts.append(("peak memory", "GB", lambda row: row["peak_bytes"] / 1e9, "{:.1f}"))
+    parts = [("time", "ms", rows, lambda row: row["time"]["median"], "{:.3g}")]
+    if measured := [row for row in rows if "peak_bytes" in row]:  # not where a case is one graph
+        parts.append(("peak memory", "GB", measured, lambda row: row["peak_bytes"] / 1e9, "{:.1f}"))
     size = (5.2 * len(parts) + 1.6, 1.2 + 0.3 * len(rows))
     figure, axes = plt.subplots(1, len(parts), figsize=size, sharey=True, squeeze=False)
-    for ax, (what, unit, value, form) in zip(axes[0], parts, strict=True):
-        most = {c: max(value(row) for row in rows if row["case"] == c) for c in cases}
+    for ax, (what, unit, shown, value, form) in zip(axes[0], parts, strict=True):
+        most = {row["case"]: max(value(r) for r in shown if r["case"] == row["case"]) for row in shown}
         for i, name in enumerate(names):
-            mine = [row for row in rows if row["name"] == name]
+            mine = [row for row in shown if row["name"] == name]
             places = [cases.index(row["case"]) + 0.8 * ((i + 0.5) / len(names) - 0.5) for row in mine]
             shares = [value(row) / most[row["case"]] for row in mine]
             bars = ax.barh(places, shares, 0.8 / len(names), color=COLORS[name], label=name)

@@ -19,7 +19,7 @@ AXES = {
 }
 BRACKETS = "Times in ms; in brackets, that kernel's time over ours."
 TIMES = ("forward", "backward", "forward_backward", "time", "total", "prompt")  # ms; those that a table has
-OTHERS = {"token": "a token", "tokens_per_s": "tokens/s", "peak_bytes": "peak bytes"}
+OTHERS = {"token": "a token", "tokens_per_s": "tokens/s", "peak_bytes": "peak, GB"}
 
 
 def rewrite(page, results):
@@ -73,6 +73,7 @@ def table(rows, bench=None):
     lines = []
     for row in rows:
         first, label = lead[_label(row), row["dtype"]], _label(row, len(axes) if axes else None)
+        row = row | {"peak_bytes": f"{row['peak_bytes'] / 1e9:.2f}"} if "peak_bytes" in row else row
         numbers = [*(_time(row, first, kind) for kind in kinds), *(shown(row.get(name)) for name in others)]
         lines.append([label, row["dtype"], row["name"], *numbers])
     return markdown(head, lines)

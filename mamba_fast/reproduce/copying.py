@@ -170,22 +170,23 @@ def figure(plt, result):
         bars.set(xlabel="tokens right (%), a shade a seed; line: chance")
         bars.set_title(f"{task} tokens" + "; rings: paper" * bool(rows[0]["paper"]))
         for place, name in enumerate(names):
-            for seed in {row["seed"] for row in rows}:
+            for seed in sorted({row["seed"] for row in rows}):
                 mine = [c for c in result["curves"]
                         if (c["task"], c["selective"], c["seed"]) == (task, name, seed)]  # fmt: skip
-                draw_curve(curves, mine, colors[name], 4 + 8 * place)
+                draw_curve(curves, mine, colors[name], 2 + 12 * place, seed == rows[0]["seed"])
         curves.set(xlabel="training step", ylabel="tokens right (%)", ylim=(0, 103))
         if any(len(row.get("stages", [])) > 1 for row in rows):
-            curves.set_title("at the length of the stage, as written")
+            curves.set_title("at the length of the stage, as written for the first seed")
     return fig
 
 
-def draw_curve(ax, points, color, height):
-    """Tokens right over steps, a line a stage; where there are several, their lengths at that height."""
+def draw_curve(ax, points, color, height, mark):
+    """Tokens right over steps, a line a stage; where there are several, `mark` writes their lengths there."""
     lengths = list(dict.fromkeys(c.get("length") for c in points))
     for length in lengths:
         mine = [c for c in points if c.get("length") == length]
         ax.plot([c["step"] for c in mine], [c["tokens"] for c in mine], color=color, lw=1.5)
-        if len(lengths) > 1:
+        if mark and len(lengths) > 1:
             ax.axvline(mine[0]["step"], color=color, lw=0.8, ls=":")
-            ax.text(mine[0]["step"], height, f" {report.short(length)}", color=color, fontsize=8)
+            style = {"color": color, "fontsize": 8, "rotation": 90, "ha": "right", "va": "bottom"}
+            ax.text(mine[0]["step"], height, f"{report.short(length)} ", **style)

@@ -30,7 +30,7 @@ CLAIMS = (
 
 
 def run(options):
-    """Left panel: rows {"length", "what", "ms"}; right: `throughput` {"model", "batch", "tokens_per_s"}."""
+    """Left panel: rows {"length", way: ms, ...}; right: `throughput` {"model", "batch", "tokens_per_s"}."""
     rows = time_over_length(options.device)
     throughput = []
     for row in tokens_a_second(options):
@@ -59,11 +59,10 @@ def time_over_length(device):
             f"L={seqlen}", shape, dtype, make, kernels, kernels[0].run, backward=False, thorough=False
         )
         found += rows_of(case, {}, machine, device)
-    named = {"ours": "scan, {}", "peer": "{}", "other": "{}"}
-    return [
-        {"length": r["shape"][2], "what": named[r["role"]].format(r["name"]), "ms": r["forward"]["median"]}
-        for r in found
-    ]  # fmt: skip
+    named, wide = {"ours": "scan, {}", "peer": "{}", "other": "{}"}, {n: {"length": n} for n in lengths}
+    for r in found:
+        wide[r["shape"][2]][named[r["role"]].format(r["name"])] = r["forward"]["median"]
+    return list(wide.values())
 
 
 def long_convolution(u, delta, **others):
@@ -93,13 +92,12 @@ def tokens_a_second(options):
 
 def findings(rows, throughput):
     """Ratios to the fastest scan at every length that the paper names, and to the Transformer."""
-    times = {(row["length"], row["what"]): row["ms"] for row in rows}
     lines = []
-    for seqlen in sorted({n for n, _ in times}):
-        best = min(t for (n, what), t in times.items() if n == seqlen and what.startswith("scan"))
-        told = [f"{what} {t / best:.2f}x" for (n, what), t in times.items()
-                if n == seqlen and not what.startswith("scan")]  # fmt: skip
-        lines.append(f"{seqlen} tokens, time over the scan's: {', '.join(told)}")
+    for row in rows:
+        times = {way: ms for way, ms in row.items() if way != "length"}
+        best = min(ms for way, ms in times.items() if way.startswith("scan"))
+        told = [f"{way} {ms / best:.2f}x" for way, ms in times.items() if not way.startswith("scan")]
+        lines.append(f"{row['length']} tokens, time over the scan's: {', '.join(told)}")
     first, second = (*_by_model(throughput).values(), {}, {})[:2]
     for batch in sorted(first.keys() & second.keys()):
         if first[batch] and second[batch]:
@@ -119,10 +117,10 @@ def _by_model(throughput):
 def figure(plt, result):
     """Left: a curve a way of mixing tokens. Right: two bars a batch size."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4), width_ratios=[1.2, 1])
-    names = list(dict.fromkeys(row["what"] for row in result["rows"]))
+    names = list(dict.fromkeys(way for row in result["rows"] for way in row if way != "length"))
     others = iter(report.OTHERS)
     for k, name in enumerate(names):
-        points = [(row["length"], row["ms"]) for row in result["rows"] if row["what"] == name]
+        points = [(row["length"], row[name]) for row in result["rows"] if name in row]
         color = report.OURS if k == 0 else next(others)
         left.plot(*zip(*points, strict=True), "o-", ms=4, color=color, label=name)
     report.lengths_axis(left, [row["length"] for row in result["rows"]])

@@ -25,9 +25,11 @@ def cut(monkeypatch):
     """Prescribe how calls are cut: cut(forward kind, backward kind), in many stretches or in one."""
 
     def prescribe(forward, backward, stretched=False):
-        monkeypatch.setattr(cuda_plan, "_ENOUGH", 10**6 if stretched else 0)
+        stretches = (10**6 if stretched else 0, 10**6)
         for name, kind in (("cut_forward", forward), ("cut_backward", backward)):
-            monkeypatch.setattr(cuda_plan, name, lambda *size, kind=kind: cuda_plan._cut(*kind, 10**6, *size))
+            monkeypatch.setattr(
+                cuda_plan, name, lambda *size, kind=(*kind, stretches): cuda_plan._cut(*kind, *size)
+            )
         forget()
 
     def forget():
@@ -95,6 +97,18 @@ def test_a_nan_in_dB_and_dC_reaches_its_eight_tokens(token):
 @pytest.mark.parametrize("d_state", [1, 17, 256])
 def test_few_and_many_states(d_state):
     check_agrees(scan_inputs(4, 1, 3, 40, d_state), "cuda", device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "rows, forward, backward", [(256, True, True), (1024, False, True), (8192, False, False)]
+)
+def test_few_rows_are_cut_into_stretches(monkeypatch, cut, rows, forward, backward):
+    """On a chip of 132 multiprocessors; the backward has more to gain from more warps."""
+    monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 132)
+    cuda_plan._cut.cache_clear()
+    size = (1, rows, 16384, rows, torch.device("cpu"))
+    assert (cuda_plan.cut_forward(*size).stretches > 1) == forward
+    assert (cuda_plan.cut_backward(*size).stretches > 1) == backward
 
 
 def test_too_many_states_are_refused_by_name():

@@ -148,11 +148,11 @@ def test_figure8_times_every_way(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(figure8.attention, "CPU_LENGTHS", [32, 64])
     found = quick("figure8", tmp_path, "--batch", "1")
-    ways = {row["what"] for row in found["rows"]}
-    assert {"FFT convolution", "unfused scan"} < ways
-    assert any(way.startswith("scan, ") for way in ways)
-    assert {(row["length"], row["what"]) for row in found["rows"]} == {(n, w) for n in (32, 64) for w in ways}
-    assert all(row["ms"] > 0 for row in found["rows"])
+    assert [row["length"] for row in found["rows"]] == [32, 64]
+    for row in found["rows"]:
+        assert {"FFT convolution", "unfused scan"} < row.keys()
+        assert any(way.startswith("scan, ") for way in row)
+        assert all(ms > 0 for ms in row.values())
     assert [row["model"] for row in found["throughput"]] == list(figure8.QUICK.values())
     assert found["findings"][-1].startswith("batch 1: ")
 

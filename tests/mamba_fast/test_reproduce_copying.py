@@ -151,7 +151,7 @@ def test_the_figure_marks_where_a_stage_starts(tmp_path):
     row, curve = copying.trained(options(tmp_path), GROWING, ALL, 0, 1)
     fig = copying.figure(plt, {"rows": [row], "curves": curve, "chance": copying.CHANCE})
     marks = [(t.get_position()[0], t.get_text()) for t in fig.axes[1].texts]
-    assert marks == [(1, " 12"), (3, " 24")]
+    assert marks == [(1, "12 "), (3, "24 ")]
     lines = [list(line.get_xdata()) for line in fig.axes[1].lines if len(line.get_xdata()) > 2]
     assert lines == [[3, 4, 5]]
     assert "length of the stage" in fig.axes[1].get_title()

@@ -22,8 +22,9 @@ SOURCES = {
 }
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ENOUGH = 8  # warps a multiprocessor: with fewer in a call its sequences are cut into stretches
-_STRETCHED_FORWARD, _STRETCHED_BACKWARD = 16, 48  # so that there are so many
+# Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches, so
+# that there are as many as the second. Finding what enters a stretch costs the forward more than seven warps gain.
+_STRETCHED_FORWARD, _STRETCHED_BACKWARD = (6, 16), (8, 48)
 
 
 class Cut(NamedTuple):
@@ -85,11 +86,12 @@ def cut_backward(batch, channels, seqlen, span, device):
 
 @functools.lru_cache(maxsize=4096)
 def _cut(lanes, steps, stage, min_blocks, unroll, stretched, batch, channels, seqlen, span, device):
-    """`stretched`: warps a multiprocessor that stretches make where sequences alone make too few."""
+    """`stretched`: warps a multiprocessor that are enough without stretches, and what those make of fewer."""
     block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
     blocks = channels // span * -(-span // block_d)
     warps, processors = batch * blocks * WARPS, multiprocessors(device)
-    wanted = -(-stretched * processors // warps) if warps < _ENOUGH * processors else 1
+    enough, made = stretched
+    wanted = -(-made * processors // warps) if warps < enough * processors else 1
     stretches = min(wanted, -(-seqlen // tile))
     if stretches < 3:  # finding what enters a stretch costs about half of scanning it
         stretches = 1
