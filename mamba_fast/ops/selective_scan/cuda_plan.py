@@ -23,7 +23,8 @@ SOURCES = {
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches, so
-# that there are as many as the second. Finding what enters a stretch costs the forward more than seven warps gain.
+# that there are as many as the second. At seven, the forward loses more by finding what enters a stretch than
+# it gains.
 _STRETCHED_FORWARD, _STRETCHED_BACKWARD = (6, 16), (8, 48)
 
 
