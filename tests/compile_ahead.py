@@ -73,7 +73,8 @@ def launches(dtype, packing, split):
     args = normalise(*(inputs[k] for k in ORDER), packing.get("seq_idx"), packing.get("cu_seqlens"))
     y, last, states = triton_scan.forward(*args, True)
     *tensors, state, seq, softplus, varlen, rows = args
-    triton_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, False)
+    for again in (None,) if packing else (None, torch.empty_like(y)):  # only the block asks: it packs nothing
+        triton_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, False, y=again)
     return noted
 
 

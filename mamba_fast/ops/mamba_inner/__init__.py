@@ -32,7 +32,7 @@ def mamba_inner_fn(
     D, delta_bias : (D,) float32, or None
     B_proj_bias, C_proj_bias : (N,), added to the B and C that come from x
     delta_softplus : Δ = softplus(delta + delta_bias)
-    checkpoint_lvl : 1 keeps no conv output and no delta for the backward, but finds them again; 0 keeps them
+    checkpoint_lvl : 1 keeps no output of conv and scan and no delta, but finds them again; 0 keeps them
     b_rms_weight, c_rms_weight, dt_rms_weight : (N,), (N,), (D,), a norm of B, C over N and of delta over D
     b_c_dt_rms_eps : added to the mean square in these norms
     backend : that of the scan, as :func:`selective_scan_fn` takes it

@@ -24,7 +24,7 @@ from mamba_fast.ops.selective_scan.registration import _room
 
 
 def forward(t, settings, keep):
-    """out (B, L, E), and what the backward needs if `keep`: x_dbl, y, states; at level 0 also u and delta.
+    """out (B, L, E), and what the backward needs if `keep`: x_dbl, states; at level 0 also y, u and delta.
 
     All of these but the states are matrices, (F, B L).
     """
@@ -40,27 +40,30 @@ def forward(t, settings, keep):
     out = _narrow(y, t, batch, seqlen)
     if not keep:
         return out, ()
-    return out, (x_dbl, y, states, *((as_matrix(u), as_matrix(delta)) if settings.level == 0 else ()))
+    return out, (x_dbl, states, *((y, as_matrix(u), as_matrix(delta)) if settings.level == 0 else ()))
 
 
 def backward(dout, t, settings, kept):
     """The gradient of each of `t`; None where there is none to have."""
     batch = t.xz.shape[0]
-    x_dbl, y, states, *rest = kept
+    x_dbl, states, *rest = kept
     x, z = t.xz.chunk(2, dim=1)
     dxz = torch.empty_like(t.xz)
     dx, dz = dxz.chunk(2, dim=1)
-    u = as_batch(rest[0], batch) if rest else _conv(x, t, settings)
-    dt, delta, B, C = _scan_inputs(t, settings, x_dbl, batch, rest[1] if rest else None)
     dout = dout.flatten(0, 1)  # (B L, E)
-    dout_proj = torch.mm(dout.T, y.T)
+    y, u, delta = rest or (x.new_empty(len(t.A), len(dout)), None, None)
+    u = _conv(x, t, settings) if u is None else as_batch(u, batch)
+    dt, delta, B, C = _scan_inputs(t, settings, x_dbl, batch, delta)
     dout_bias = None if t.out_bias is None else dout.sum(0)
     dy = as_batch(torch.mm(t.out_proj.T, dout.T), batch)
     dlast = None if settings.scan == "cuda" else t.A.new_zeros(batch, *t.A.shape)  # of an unused last state
     du, ddelta, dA, dB, dC, dD, _, ddelta_bias, _ = _room(settings.scan).backward(
         dy, dlast, u, delta, t.A, B, C, t.D, z, t.delta_bias, None, settings.softplus, False, batch, states,
         None, torch.are_deterministic_algorithms_enabled(), dz=dz,
+        y=None if rest else as_batch(y, batch),
     )  # fmt: skip
+    dout_proj = torch.mm(dout.T, y.T)
+    del y  # found again at level 1: its memory is free for what follows
     if t.delta_rms is not None:
         delta = as_batch(torch.mm(t.delta_proj, dt), batch)  # before its norm
     ddelta, ddelta_rms = normed_backward(ddelta, delta, t.delta_rms, settings.eps)

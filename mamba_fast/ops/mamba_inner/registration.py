@@ -66,9 +66,9 @@ def _(xz, conv_weight, conv_bias, x_proj, delta_proj, out_proj, out_bias, A, *re
     if not keep:
         return [out]
     tokens = batch * seqlen
-    rows = [xz.new_empty(twice // 2, tokens) for _ in range(1 if level else 3)]
+    rows = [xz.new_empty(twice // 2, tokens) for _ in range(0 if level else 3)]
     states = A.new_empty(batch, -(-seqlen // _room(scan).CHUNK), *A.shape)
-    return [out, xz.new_empty(x_proj.shape[0], tokens), rows[0], states, *rows[1:]]
+    return [out, xz.new_empty(x_proj.shape[0], tokens), states, *rows]
 
 
 @torch.library.custom_op("mamba_fast::mamba_inner_backward", mutates_args=())

@@ -231,7 +231,8 @@ __device__ __forceinline__ void add_group(const Params& p, const Block& k, const
   add_matrices(find_target(p, k, n + m, t0 + 2 * (thread % 32)), sum, fresh);
 }
 
-// The sums over n become du, ddelta and dz of a lane's steps. slots: u, delta, dy and z of the tile once more.
+// The sums over n become du, ddelta and dz of a lane's steps, and y where it is asked for. slots: u, delta, dy and z
+// of the tile once more.
 __device__ __forceinline__ float finish_tile(const Params& p, const Block& k, const Place& w, const Steps& s, const uint4* slots, int t, int left) {
   const float bias = p.bias ? p.bias[w.d] : 0.f, skip = p.D ? p.D[w.d] : 0.f;
   float in[STEPS], out[STEPS], dbias = 0.f;
@@ -248,6 +249,11 @@ __device__ __forceinline__ float finish_tile(const Params& p, const Block& k, co
       out[i] = out[i] * s.y[i] * v * fmaf(in[i], 1.f - v, 1.f);
     }
     store_steps(row_of(k.dz, p.dz_d, w.d) + steps_of(t, p.dz_l), p.dz_l, left, out);
+    if (p.y) {
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) out[i] = s.y[i] * in[i] * sigmoid(in[i]);
+      store_steps(row_of(k.y, p.y_d, w.d) + steps_of(t, p.y_l), p.y_l, left, out);
+    }
   }
 #pragma unroll
   for (int i = 0; i < STEPS; i++) out[i] = fmaf(s.gB[i] * LN2, s.delta[i], s.dy[i] * skip);

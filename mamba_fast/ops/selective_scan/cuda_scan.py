@@ -41,18 +41,19 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered, dz=None,
+    ordered, dz=None, y=None,
 ):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
-    dlast may be None: nothing was made of the last state. That of z is written into `dz` if it is given.
+    dlast may be None: nothing was made of the last state. That of z is written into `dz` if it is given, and
+    beside z the forward's y into `y` (B, D, L) of u's type, any strides.
     """
     D, delta_bias, table, dlast = _contiguous(D, delta_bias, initial_state, dlast)
     if varlen and dlast is None:
         dlast = A.new_zeros(rows, *A.shape)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = torch.empty_like(z) if dz is None and z is not None else dz
-    looks = tuple(map(plan.look, (u, delta, z, dy, du, ddelta, dz, A, B, C)))
+    looks = tuple(map(plan.look, (u, delta, z, dy, du, ddelta, dz, y, A, B, C)))
     calls = _backward_calls(looks, u.dtype, seq is not None, softplus, varlen, ordered, u.device)
     sums = calls.sums(u.device, D is not None, delta_bias is not None)
     dtable = None
@@ -65,7 +66,8 @@ def backward(
     if calls.summary:
         given["leave"] = _enter_stretches(calls, given | {"table": None}, u.device, "dtable")
     given |= sums
-    given |= {"du": du, "ddelta": ddelta, "dz": dz, "states": states, "dfirst": dtable, "dtable": dtable}
+    given |= {"du": du, "ddelta": ddelta, "dz": dz, "y": y}
+    given |= {"states": states, "dfirst": dtable, "dtable": dtable}
     calls.main(given)
     dA, dB, dC, dD, dbias = calls.add_up(sums, B, C)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dtable
@@ -140,7 +142,7 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
 @functools.lru_cache(maxsize=1024)
 def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     looks = _named(looks)
-    u, delta, z, dy, du, ddelta, dz, A, B, C = looks
+    u, delta, z, dy, du, ddelta, dz, y, A, B, C = looks
     batch, channels, seqlen = u.shape
     cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
     if varlen or io == torch.float32:  # tables of states, and sums in two parts, take registers
@@ -149,13 +151,13 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     ordered = (1 if cut.span == channels else 2) if ordered else 0
     passes = plan.passes(cut, batch, device) if ordered else 1
     blocks = -(-cut.blocks // passes)
-    wide = plan.is_wide(io, *looks[:7]), plan.is_wide(io, B), plan.is_wide(io, C)
+    wide = plan.is_wide(io, *looks[:8]), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
         cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, ordered=ordered, buffers=1,
         wide=wide, big=plan.is_big(*looks),
     )  # fmt: skip
     statics = _statics(cut, u, A, B, C)
-    statics |= strides_of(u=u, delta=delta, z=z, dy=dy, du=du, ddelta=ddelta, dz=dz)
+    statics |= strides_of(u=u, delta=delta, z=z, dy=dy, du=du, ddelta=ddelta, dz=dz, y=y)
     slots = (batch * cut.stretches, blocks) if ordered else (1, 1)
     sums = _Sums(u, A, B, C, *slots, ordered)
     statics |= sums.statics | {"chunks": -(-seqlen // CHUNK), "passes": passes, "blocks": blocks}

@@ -122,8 +122,8 @@ def _load_chunk(w, rows, u, delta, z, dy, where, bias, D, softplus_on, has_z):
 
 
 @njit(fastmath=SUMS, cache=True)
-def _finish_chunk(w, rows, D, where, has_z, du, ddelta, dz, dD, dbias):
-    """Turn the sums over n into du, ddelta, dz and add this chunk's share to dD and ddelta_bias."""
+def _finish_chunk(w, rows, D, where, z, has_z, du, ddelta, dz, y, dD, dbias):
+    """Turn the sums over n into du, ddelta, dz and y, which may be empty; add to dD and ddelta_bias."""
     length = where[4]
     for t in range(length):
         x_t = w[t]
@@ -141,12 +141,16 @@ def _finish_chunk(w, rows, D, where, has_z, du, ddelta, dz, dD, dbias):
             to_z, factor = steps_of(dz, where, j), rows[2, j]
             for t in range(length):
                 to_z[t] = w[t, Y + j] * factor[t]
+            if y.size > 0:
+                gate, gated = steps_of(z, where, j), steps_of(y, where, j)
+                for t in range(length):
+                    gated[t] = w[t, Y + j] * (gate[t] * sigmoid(gate[t]))
 
 
 @njit(parallel=True, fastmath=EXACT, cache=True)
 def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states, start, end, row, span,
                   pieces, softplus_on, has_z, packed, varlen, B_constant, C_constant,
-                  du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, dbias, dtable):  # fmt: skip
+                  du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dz, y, dbias, dtable):  # fmt: skip
     """Fill every gradient; dB, dC are (B, spans, pieces, N, L): one slot a task, summed by the caller."""
     batch, channels, seqlen = u.shape
     d_state, spans, per_span = A.shape[1], channels // span, (span + LANES - 1) // LANES
@@ -183,7 +187,7 @@ def scan_backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, table, states,
                     _reverse(w, v, B_steps, C_steps, dB_task[n, here], dC_task[n, here],
                              backwards, length, packed, varlen, *edges,
                               dlast, dtable, d, n, width)  # fmt: skip
-                _finish_chunk(w, rows, skip, where, has_z, du, ddelta, dz, dD_lanes, dbias_lanes)
+                _finish_chunk(w, rows, skip, where, z, has_z, du, ddelta, dz, y, dD_lanes, dbias_lanes)
             dD[b, at], dbias[b, at] = dD_lanes[:width], dbias_lanes[:width]
             for n in range(d_state):
                 dA[b, at, n] = v[n, DA : DA + width]

@@ -43,12 +43,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered, dz=None,
+    ordered, dz=None, y=None,
 ):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
     The order of the additions never varies: `ordered` changes nothing. That of z is written into `dz` if it
-    is given.
+    is given, and beside z the forward's y into `y` (B, D, L) of u's type, any strides.
     """
     (batch, d_inner, seqlen), d_state = u.shape, A.shape[1]
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
@@ -56,11 +56,12 @@ def backward(
     spans = d_inner // span
     pieces = min(-(-span // LANES), -(-_TASKS // (batch * spans)))
     du, ddelta, dgate = (torch.empty(u.shape, dtype=torch.float32) for _ in range(3))
+    gated = torch.empty(u.shape if y is not None else (0, 0, 0), dtype=torch.float32)
     dA, dB_constant, dC_constant = (torch.empty(batch, d_inner, d_state) for _ in range(3))
     dB, dC = (torch.zeros(batch, spans, pieces, d_state, seqlen) for _ in range(2))
     dD, dbias = torch.empty(batch, d_inner), torch.empty(batch, d_inner)
     dtable = dlast.float().clone(memory_format=torch.contiguous_format)  # that of an empty sequence
-    outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dgate, dbias, dtable)
+    outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dgate, gated, dbias, dtable)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
     flags = (softplus, z is not None, seq is not None, varlen, is_constant(B, u), is_constant(C, u))
     with _one_at_a_time:
@@ -76,6 +77,8 @@ def backward(
 
     if z is not None:
         dz = _as(dgate, z) if dz is None else dz.copy_(dgate)
+        if y is not None:
+            y.copy_(gated)
     return (
         _as(du, u), _as(ddelta, delta), dA.sum(0), matrix(B, dB, dB_constant), matrix(C, dC, dC_constant),
         None if D is None else dD.sum(0), dz,

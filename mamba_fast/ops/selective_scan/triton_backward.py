@@ -66,13 +66,15 @@ def _one_state(
 @triton.jit
 def _finish_tile(
     u, dy, y, dBu, ddelta, Delta, slope, skip, z, dout, part, b, offs_d, offs_l, mask_d, mask,
-    du_ptr, ddelta_ptr, dz_ptr, dD_ptr, dbias_ptr, du_strides, ddelta_strides, dz_strides,
+    du_ptr, ddelta_ptr, dz_ptr, y_ptr, dD_ptr, dbias_ptr, du_strides, ddelta_strides, dz_strides, y_strides,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Turn the sums over n into du, ddelta and dz, and store the tile's share of dD and ddelta_bias."""
+    """Turn the sums over n into du, ddelta, dz and y if asked; store the share of dD and ddelta_bias."""
     if HAS_Z:
         s = sigmoid(z)
         store_tile(dz_ptr, dz_strides, b, offs_d, offs_l, dout * y * s * (1 + z * (1 - s)), mask)
+        if y_ptr is not None:
+            store_tile(y_ptr, y_strides, b, offs_d, offs_l, y * z * s, mask)
     ddelta = (ddelta + dBu * u) * slope
     store_tile(du_ptr, du_strides, b, offs_d, offs_l, dBu * Delta + dy * skip[:, None], mask)
     store_tile(ddelta_ptr, ddelta_strides, b, offs_d, offs_l, ddelta, mask)
@@ -85,10 +87,12 @@ def _finish_tile(
 @triton.jit
 def scan_backward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, table_ptr, seq_ptr, dy_ptr, dlast_ptr,
-    states_ptr, flows_ptr, du_ptr, ddelta_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dtable_ptr,
+    states_ptr, flows_ptr, du_ptr, ddelta_ptr, dz_ptr, y_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr,
+    dtable_ptr,
     u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides, dy_strides, du_strides,
     ddelta_strides,
-    dz_strides, dB_strides, dC_strides, channels, seqlen, tiles, tiles_per_program, B_span, C_span, slots,
+    dz_strides, y_strides, dB_strides, dC_strides, channels, seqlen, tiles, tiles_per_program, B_span, C_span,
+    slots,
     N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, VARLEN: tl.constexpr, B_CONSTANT: tl.constexpr,
@@ -135,6 +139,6 @@ def scan_backward_kernel(
         part = (b * tiles + k) * channels + offs_d
         _finish_tile(u, dy, y, dBu, ddelta, Delta, slope, skip, z, dout, part, b, offs_d, offs_l, mask_d,
                      mask,
-                     du_ptr, ddelta_ptr, dz_ptr, dD_ptr, dbias_ptr, du_strides, ddelta_strides, dz_strides,
-                     HAS_D, HAS_Z, HAS_BIAS)  # fmt: skip
+                     du_ptr, ddelta_ptr, dz_ptr, y_ptr, dD_ptr, dbias_ptr, du_strides, ddelta_strides,
+                     dz_strides, y_strides, HAS_D, HAS_Z, HAS_BIAS)  # fmt: skip
         tl.debug_barrier()  # the flows just written are read by other threads of this program

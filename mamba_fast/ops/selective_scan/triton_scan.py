@@ -95,11 +95,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
 
 def backward(
     dy, dlast, u, delta, A, B, C, D, z, delta_bias, seq, softplus, varlen, rows, states, initial_state,
-    ordered, dz=None,
+    ordered, dz=None, y=None,
 ):  # fmt: skip
     """Every gradient, in the order u, delta, A, B, C, D, z, delta_bias, initial_state; None if absent.
 
-    That of z is written into `dz` if it is given.
+    That of z is written into `dz` if it is given, and beside z the forward's y into `y` (B, D, L) of u's
+    type, any strides.
     """
     (_, channels, seqlen), N = u.shape, A.shape[1]
     plan = _plan(u, B, C)
@@ -126,11 +127,12 @@ def backward(
     else:
         flows = torch.empty_like(states)
         flows[:, -1] = 0 if varlen else dlast
+    y_strides = None if y is None else y.stride()  # None takes no register
     scan_backward_kernel[plan.grid](
         u, delta, A, B, C, D, z, delta_bias, table, seq, dy, dlast, states, flows,
-        du, ddelta, dz, dA, dB, dC, dD, dbias, dtable,
+        du, ddelta, dz, y, dA, dB, dC, dD, dbias, dtable,
         u.stride(), delta.stride(), A.stride(), B.stride(), C.stride(), _strides(z), dy.stride(), du.stride(),
-        ddelta.stride(), _strides(dz), dB.stride(), dC.stride(), channels, seqlen, plan.tiles,
+        ddelta.stride(), _strides(dz), y_strides, dB.stride(), dC.stride(), channels, seqlen, plan.tiles,
         plan.tiles_per_program,
         channels // B.shape[1], channels // C.shape[1], slots,
         **_switches(D, z, delta_bias, table, seq, softplus, varlen, B, C, u, N, plan),
