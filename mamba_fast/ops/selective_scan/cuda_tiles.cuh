@@ -97,7 +97,7 @@ __device__ __forceinline__ T* row_of(T* tensor, int64 stride_d, int d) {
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.f + ex2(-x * LOG2E)); }
 
-// log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1. The polynomial is within 3e-8 of log(1 + w) / w, so that
+// log(1 + e^x) = max(x, 0) + log(1 + w), w = e^-|x| <= 1. The polynomial is within 6e-8 of log(1 + w) / w, so that
 // small results keep their digits too.
 __device__ __forceinline__ float softplus(float x) {
   constexpr float series[] = {0.99999994f, -0.49999493f, 0.33319098f, -0.24842982f, 0.19106005f,
