@@ -1,8 +1,9 @@
-"""Triton's interpreter where there is no GPU, poisoned memory, and the backends this machine can test."""
+"""Triton's interpreter without a GPU, poisoned memory, plain figures, and which backends to test here."""
 
 import importlib.util
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -81,3 +82,11 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def plain_figures():
+    """A test that draws in the project's style leaves matplotlib as the next test expects it."""
+    yield
+    if matplotlib := sys.modules.get("matplotlib"):
+        matplotlib.rcdefaults()
