@@ -1,7 +1,8 @@
 """Prompts as CUDA graphs: a short prompt costs its host more than its GPU, and a graph spares the host.
 
 A graph has one length. So prompts are padded on the left up to the next of a few lengths, which by the rules
-of attention_mask changes nothing; what is longer than the longest is read piece by piece.
+of attention_mask changes nothing; what is longer than the longest is read piece by piece. Of many rows the
+padding costs the GPU more than a graph saves: there lengths are closer to each other.
 """
 
 import torch
@@ -9,18 +10,25 @@ import torch
 from mamba_fast.inference import InferenceParams
 
 LENGTHS = (64, 128, 256, 512, 1024)
-MOST_TOKENS = 32768  # of all rows in a piece: with more, the GPU is busy and the host is not in its way
+MANY_TOKENS = 4096  # of all rows in a piece: with more, a step between two lengths is an eighth of the longer
+MOST_TOKENS = 32768  # with more, the GPU is busy and the host is not in its way
+MOST_PIECES = 16  # graphs of one batch size, the least recently used one is given up first
 
 
 def fits(batch, seqlen):
     """Whether a prompt of (batch, seqlen) is better read by graphs."""
-    return batch * max(_lengths(seqlen)) <= MOST_TOKENS
+    return batch * max(_lengths(batch, seqlen)) <= MOST_TOKENS
 
 
-def _lengths(seqlen):
+def _lengths(batch, seqlen):
     """The lengths of the pieces: one that holds what is left over, then the longest as often as it takes."""
     longest, (whole, rest) = LENGTHS[-1], divmod(seqlen, LENGTHS[-1])
-    return [n for n in LENGTHS if n >= rest][: rest > 0] + whole * [longest]
+    pieces = whole * [longest]
+    if rest:
+        first = next(n for n in LENGTHS if n >= rest)
+        step = first // 8 if batch * first > MANY_TOKENS else first
+        pieces.insert(0, -(-rest // step) * step)
+    return pieces
 
 
 class PromptGraphs:
@@ -34,12 +42,16 @@ class PromptGraphs:
         """Logits (B, V) behind input_ids (B, L), from zero states; overwritten by the next prompt."""
         states = [v[: self.batch] for pair in self.params.key_value_memory_dict.values() for v in pair]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        lengths = _lengths(input_ids.shape[1])
+        lengths = _lengths(*input_ids.shape)
         padding = sum(lengths) - input_ids.shape[1]  # before the first piece
         input_ids, mask = (torch.nn.functional.pad(v, (padding, 0)) for v in (input_ids, mask))
-        for length in lengths:
-            if length not in self.pieces:
-                self.pieces[length] = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
+        for length in dict.fromkeys(lengths):
+            piece = self.pieces.pop(length, None)
+            if piece is None:
+                while len(self.pieces) >= MOST_PIECES:
+                    del self.pieces[next(iter(self.pieces))]
+                piece = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
+            self.pieces[length] = piece  # the last one is the one used last
         torch._foreach_zero_(states)
         for ids, real in zip(input_ids.split(lengths, 1), mask.split(lengths, 1), strict=True):
             logits = self.pieces[ids.shape[1]](model, ids, real)

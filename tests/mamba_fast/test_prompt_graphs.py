@@ -48,7 +48,36 @@ def test_padding_of_the_prompt_itself(device):
     check("padded rows", found[0], torch.stack(want), bound(torch.stack(plain), torch.stack(want)))
 
 
+@pytest.mark.parametrize(
+    "batch, seqlen, lengths",
+    [
+        (1, 100, [128]),
+        (32, 100, [128]),
+        (33, 100, [112]),
+        (33, 112, [112]),
+        (33, 113, [128]),
+        (5, 2500, [512, 1024, 1024]),
+    ],
+)
+def test_many_rows_are_padded_less(monkeypatch, batch, seqlen, lengths):
+    monkeypatch.setattr(prompt_graphs, "LENGTHS", (64, 128, 256, 512, 1024))
+    assert prompt_graphs._lengths(batch, seqlen) == lengths
+
+
+def test_only_so_many_graphs_are_kept(monkeypatch, device):
+    monkeypatch.setattr(prompt_graphs, "MOST_PIECES", 2)
+    monkeypatch.setattr(prompt_graphs, "MANY_TOKENS", 8)
+    model, kept = fast_model(reference_model(1), device), []
+    reader = prompt_graphs.PromptGraphs(2, model.allocate_inference_cache(2, 0))
+    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+    with torch.no_grad():
+        for seqlen in (5, 7, 5, 8):
+            reader.read(model, token_ids(1, 2, seqlen, device), None, pool)
+            kept.append(list(reader.pieces))
+    assert kept == [[5], [5, 7], [7, 5], [5, 8]]
+
+
 def test_what_is_read_by_graphs():
     assert prompt_graphs.fits(1, 10**6)
-    assert prompt_graphs.fits(4096, 5)
-    assert not prompt_graphs.fits(4097, 5)
+    assert prompt_graphs.fits(4096, 8)
+    assert not prompt_graphs.fits(4097, 8)
