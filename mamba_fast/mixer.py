@@ -200,7 +200,7 @@ class Mamba(nn.Module):
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         delta = project(self.dt_proj.weight, dt)
         if layout.pad is not None:
-            delta = delta.masked_fill_(layout.pad, ASLEEP)
+            delta = delta.masked_fill(layout.pad, ASLEEP)
         y = scan(
             u, delta, A, B, C, wide(self.D), z=z, delta_bias=wide(self.dt_proj.bias), delta_softplus=True,
             return_last_state=want_states, initial_state=ssm_state, backend=backend,

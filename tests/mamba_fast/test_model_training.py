@@ -96,6 +96,28 @@ def test_compiles_without_a_break(form):
         check(form, a, b, bound(b, b))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it
+@pytest.mark.parametrize(
+    "form, backend", [("plain", None), ("mask", None), ("states", None), ("plain", "torch")]
+)
+def test_a_compiled_model_takes_batches_of_other_sizes(form, backend):
+    """The last batch has fewer rows, the next text another length: torch.compile leaves both open then."""
+    model = fast_model(reference_model(9))
+
+    def call(ids, **options):
+        return model(ids, backend=backend, **options).logits
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for batch, seqlen in ((2, 9), (3, 12)):
+        ids, mask = token_ids(10, batch, seqlen), torch.ones(batch, seqlen, dtype=torch.long)
+        mask[0, :2] = mask[1, -1] = 0
+        states = {"initial_states": random_states(model, batch, 1), "return_final_states": True}
+        options = {"mask": {"attention_mask": mask}, "states": states}.get(form, {})
+        want = call(ids, **options)
+        check(f"{form}, {batch} x {seqlen}", compiled(ids, **options), want, bound(want, want))
+
+
 @torch.no_grad()
 def test_a_step_compiles_without_a_break():
     model, ids = fast_model(reference_model(11)), token_ids(12, 2, 8)

@@ -59,7 +59,8 @@ def mamba_inner_fn(
     check(given, checkpoint_lvl)
     given = _cast(given)
     if torch.compiler.is_compiling():
-        kind = xz.device, given.xz.dtype, A.is_complex(), int(A.shape[1]), xz.numel() == 0
+        empty = not xz.numel()  # a bool; == 0 is none where torch.compile leaves a size open
+        kind = xz.device, given.xz.dtype, A.is_complex(), int(A.shape[1]), empty
         conv, scan = _rooms_at_compile_time(*kind, backend)
     else:
         conv, scan = _rooms(given.xz, A, backend)

@@ -55,7 +55,8 @@ def selective_scan_fn(
     args = normalise(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, seq_idx, cu_seqlens)
     if torch.compiler.is_compiling():
         states = int(A.shape[1]) if A.dim() == 2 else None
-        kind = (u.device, u.dtype, A.is_complex(), states, u.numel() == 0)
+        empty = not u.numel()  # a bool; == 0 is none where torch.compile leaves a size open
+        kind = (u.device, u.dtype, A.is_complex(), states, empty)
         name = backends.name_for_compiler(*kind, backend)
     else:
         choice = backends.choose(u, A, backend)

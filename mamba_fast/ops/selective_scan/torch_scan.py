@@ -5,8 +5,6 @@ steps instead of L: the sequence is cut into chunks of sqrt(L) steps, every chun
 zero at the same time, the chunk end states are chained, and each chunk then adds what it inherits.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -40,7 +38,9 @@ def _chunked(a, x, reset):
     seqlen = a.shape[0]
     if seqlen == 0:
         return x.clone()
-    width = math.isqrt(seqlen - 1) + 1
+    width = 1
+    while width * width < seqlen:  # not math.isqrt: torch.compile cannot ask it about a length left open
+        width += 1
     padding = (0, 0) * (a.dim() - 1) + (0, -seqlen % width)
     a, x, reset = (F.pad(v, padding).unflatten(0, (-1, width)) for v in (a, x, reset))
     h, decay, seen = x.clone(), a.clone(), reset.clone()  # (chunks, width, B, D, N)
