@@ -137,7 +137,7 @@ class Mamba(nn.Module):
         u = causal_conv1d_update(
             x.to(conv_state.dtype), conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, "silu",
             backend=room,
-        )  # fmt: skip
+        ).to(x.dtype)  # fmt: skip
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight)  # its bias is added in float32, below
         y = selective_state_update(

@@ -90,8 +90,6 @@ def test_logits_of_a_half_model(dtype):
     with torch.no_grad():
         logits, params = model(ids).logits, InferenceParams(max_seqlen=9, max_batch_size=2)
         params.key_value_memory_dict = model.allocate_inference_cache(2, 9, dtype=torch.float32)
-        for i, (conv_state, ssm_state) in params.key_value_memory_dict.items():
-            params.key_value_memory_dict[i] = (conv_state.to(dtype), ssm_state)
         steps = []
         for t in range(9):
             steps.append(model(ids[:, t : t + 1], inference_params=params).logits)
