@@ -18,7 +18,6 @@ from mamba_fast.checkpoint_files import (
     read_weights,
     source_of,
 )
-from mamba_fast.init import mark_scan_parameters
 
 __all__ = ["CheckpointError", "load_config_hf", "load_pretrained", "load_state_dict_hf", "save_pretrained"]
 
@@ -99,8 +98,6 @@ def _fill(model, entries, device):
         state[key] = place.copy_(entries[key].read())
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    for layer in model.backbone.layers:
-        mark_scan_parameters(layer.mixer)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mamba_fast.init import init_scan_parameters
+from mamba_fast.init import init_scan_parameters, mark_scan_parameters
 from mamba_fast.layout import layout_of
 from mamba_fast.ops.causal_conv1d import causal_conv1d_update
 from mamba_fast.ops.mamba_inner import mamba_inner_fn
@@ -63,6 +63,11 @@ class Mamba(nn.Module):
         self.init_scan_parameters()
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **at)
         self._kept = None  # (what A_log was, A), for steps
+        self.register_load_state_dict_post_hook(_mark_again)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        mark_scan_parameters(self)  # copy.deepcopy makes parameters without marks
 
     def init_scan_parameters(self):
         """A = -1 .. -N, D = 1, Δ log-uniform on [dt_min, dt_max] (section 3.6), and their marks."""
@@ -247,3 +252,8 @@ class Mamba(nn.Module):
             torch.exp(wide(self.A_log), out=A).neg_()
             self._kept = (was, A)
         return self._kept[1]
+
+
+def _mark_again(mixer, _):
+    """With assign=True what was loaded stands in place of the marked parameters."""
+    mark_scan_parameters(mixer)

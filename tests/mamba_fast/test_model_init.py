@@ -1,6 +1,8 @@
 """Initial values, the marks on them, and what check_init says of a framework that overwrote them."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -71,6 +73,18 @@ def test_a_second_initialisation_respects_the_marks():
         assert bias.any()
         assert mixer.A_log._no_weight_decay
         assert mixer.D._no_weight_decay
+
+
+def assigned(model):
+    other = MambaLMHeadModel(CONFIG, device="meta")
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), assigned])
+def test_the_marks_survive(again):
+    """A copy, as one of averaged weights, and what was loaded in place of the parameters have them too."""
+    assert check_init(again(new_model(3))) == []
 
 
 def test_parameter_groups():
