@@ -1,14 +1,13 @@
 """The two forms of config.json: that of the published package, and that of transformers."""
 
 import dataclasses
-import inspect
 import math
 
 from mamba_fast.checkpoint_files import CheckpointError
 from mamba_fast.config import MambaConfig
-from mamba_fast.mixer import Mamba
 
 EPSILON = 1e-5  # of every norm: the published model has no other
+LARGEST = 2**24  # of a size: with larger ones PyTorch cannot count the bytes of a matrix
 
 # transformers' name: (keyword of Mamba, value where the file says nothing)
 _MIXER = {
@@ -26,6 +25,32 @@ _MIXER = {
 }
 
 
+def _is_size(v):
+    return type(v) is int and 1 <= v <= LARGEST
+
+
+def _is_number(v, least=0.0):
+    return type(v) in (int, float) and least <= v <= LARGEST
+
+
+_SIZE = "a whole number from 1 to 2**24"
+_OPTIONS = {  # keyword of Mamba: what its values are, and in words
+    "d_state": (_is_size, _SIZE),
+    "d_conv": (lambda v: type(v) is int and 2 <= v <= 4, "2, 3 or 4"),
+    "dt_rank": (lambda v: v == "auto" or _is_size(v), f"'auto' or {_SIZE}"),
+    "dt_init": (lambda v: v in ("random", "constant"), "'random' or 'constant'"),
+    **dict.fromkeys(("expand", "dt_min", "dt_max"), (lambda v: _is_number(v, 1e-30), "a positive number")),
+    **dict.fromkeys(("dt_scale", "dt_init_floor"), (_is_number, "a number, not negative")),
+    **dict.fromkeys(("conv_bias", "bias", "use_fast_path"), (lambda v: v in (True, False), "true or false")),
+}
+
+
+def _check_option(where, option, value):
+    accepts, words = _OPTIONS[option]
+    if not accepts(value):
+        raise CheckpointError(f"{where}: expected {words}, got {value!r}")
+
+
 def config_of(found, file):
     """The :class:`MambaConfig` in a config.json of either form; CheckpointError names what is wrong."""
     is_hf = "model_type" in found or "hidden_size" in found
@@ -37,8 +62,8 @@ def config_of(found, file):
         kind = known[key].type
         if type(value) is not kind:
             raise CheckpointError(f"{file}: {key}: expected {kind.__name__}, got {value!r}")
-        if kind is int and value < (0 if key == "d_intermediate" else 1):
-            raise CheckpointError(f"{file}: {key}: expected a positive number, got {value!r}")
+        if kind is int and not (_is_size(value) or (key == "d_intermediate" and value == 0)):
+            raise CheckpointError(f"{file}: {key}: expected {_SIZE}, got {value!r}")
     config = MambaConfig(**values)
     if config.attn_layer_idx:
         raise CheckpointError(
@@ -52,13 +77,14 @@ def _check_mixer(config, file):
     kind = config.ssm_cfg.get("layer", "Mamba1")
     if kind != "Mamba1":
         raise CheckpointError(f"{file}: ssm_cfg: expected layer 'Mamba1', got {kind!r}")
-    keywords = set(inspect.signature(Mamba).parameters) - {"d_model", "layer_idx", "device", "dtype"}
     for key, value in config.ssm_cfg.items():
-        if key not in (*keywords, "layer"):
+        if key not in (*_OPTIONS, "layer"):
             raise CheckpointError(f"{file}: ssm_cfg: {key}: not a keyword of Mamba")
-        size = key in ("d_state", "d_conv", "dt_rank")
-        if size and value != "auto" and (type(value) is not int or value < 1):
-            raise CheckpointError(f"{file}: ssm_cfg: {key}: expected a positive number, got {value!r}")
+        if key != "layer":
+            _check_option(f"{file}: ssm_cfg: {key}", key, value)
+    inner = int(config.ssm_cfg.get("expand", 2) * config.d_model)
+    if not _is_size(inner):
+        raise CheckpointError(f"{file}: expand: expected expand * d_model {_SIZE}, got {inner}")
 
 
 def _from_hf(found, file):
@@ -76,17 +102,19 @@ def _from_hf(found, file):
         for k, d in (("hidden_size", 768), ("num_hidden_layers", 32), ("vocab_size", 50280))
     }
     for key, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{file}: {key}: expected a positive number, got {value!r}")
+        if not _is_size(value):
+            raise CheckpointError(f"{file}: {key}: expected {_SIZE}, got {value!r}")
     width, vocab_size = sizes["hidden_size"], sizes["vocab_size"]
-    mixer = {
-        ours: found[key] for key, (ours, default) in _MIXER.items() if found.get(key, default) != default
-    }
+    mixer = {}
+    for key, (ours, default) in _MIXER.items():
+        _check_option(f"{file}: {key}", ours, found.get(key, default))
+        if found.get(key, default) != default:
+            mixer[ours] = found[key]
     if mixer.get("dt_rank") == math.ceil(width / 16):
         del mixer["dt_rank"]
     expand = mixer.get("expand", 2)
     inner = found.get("intermediate_size")
-    if not isinstance(expand, (int, float)) or (inner is not None and inner != int(expand * width)):
+    if inner is not None and inner != int(expand * width):
         raise CheckpointError(
             f"{file}: intermediate_size: expected expand * hidden_size = {expand} * {width}, got {inner!r}"
         )

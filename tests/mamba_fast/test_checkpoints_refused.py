@@ -1,5 +1,6 @@
 """Wrong, truncated, mismatched and malicious checkpoints: a clear error, no code run, nothing loaded."""
 
+import inspect
 import json
 import os
 import pickle
@@ -10,7 +11,8 @@ import pytest
 import torch
 from model_inputs import fast_model, reference_model
 
-from mamba_fast import CheckpointError, MambaLMHeadModel
+from mamba_fast import CheckpointError, Mamba, MambaLMHeadModel
+from mamba_fast.checkpoint_config import _OPTIONS
 
 EMBEDDING = "backbone.embedding.weight"
 
@@ -133,15 +135,33 @@ def test_many_wrong_keys_are_counted(folder):
     "key, value, said",
     [
         ("n_layer", 3, "n_layer: 3 layers, but the weights hold 2"),
-        ("n_layer", 10**9, "n_layer: 1000000000 layers, but the weights hold 2"),
-        ("n_layer", 0, "n_layer: expected a positive number, got 0"),
+        ("n_layer", 10**7, "n_layer: 10000000 layers, but the weights hold 2"),
+        ("n_layer", 0, "n_layer: expected a whole number from 1 to 2**24, got 0"),
+        ("d_model", 10**9, "d_model: expected a whole number from 1 to 2**24, got 1000000000"),
         ("d_model", "10", "d_model: expected int, got '10'"),
         ("rms_norm", 1, "rms_norm: expected bool, got 1"),
         ("rope", 1, "rope: not a field of MambaConfig"),
         ("ssm_cfg", {"layer": "Mamba2"}, "ssm_cfg: expected layer 'Mamba1', got 'Mamba2'"),
         ("ssm_cfg", {"headdim": 64}, "ssm_cfg: headdim: not a keyword of Mamba"),
         ("ssm_cfg", {"device": "cuda"}, "ssm_cfg: device: not a keyword of Mamba"),
-        ("ssm_cfg", {"d_state": "16"}, "ssm_cfg: d_state: expected a positive number, got '16'"),
+        ("ssm_cfg", {"d_state": "16"}, "ssm_cfg: d_state: expected a whole number from 1 to 2**24, got '16'"),
+        ("ssm_cfg", {"d_conv": 5}, "ssm_cfg: d_conv: expected 2, 3 or 4, got 5"),
+        ("ssm_cfg", {"dt_rank": None}, "ssm_cfg: dt_rank: expected 'auto' or a whole number from 1 to 2**24"),
+        ("ssm_cfg", {"dt_min": "a"}, "ssm_cfg: dt_min: expected a positive number, got 'a'"),
+        ("ssm_cfg", {"dt_max": 0}, "ssm_cfg: dt_max: expected a positive number, got 0"),
+        (
+            "ssm_cfg",
+            {"dt_scale": float("nan")},
+            "dt_scale: expected a number, not negative, got nan",
+        ),
+        ("ssm_cfg", {"dt_init": "zero"}, "ssm_cfg: dt_init: expected 'random' or 'constant', got 'zero'"),
+        ("ssm_cfg", {"bias": "no"}, "ssm_cfg: bias: expected true or false, got 'no'"),
+        ("ssm_cfg", {"expand": None}, "ssm_cfg: expand: expected a positive number, got None"),
+        (
+            "ssm_cfg",
+            {"expand": 0.01},
+            "expand * d_model a whole number from 1 to 2**24, got 0",
+        ),
         ("attn_layer_idx", [1], "attn_layer_idx: attention is not supported, got [1]"),
         ("model_type", "mamba2", "model_type: expected 'mamba', got 'mamba2'"),
         ("model_type", "falcon_mamba", "model_type: expected 'mamba', got 'falcon_mamba'"),
@@ -158,7 +178,12 @@ def test_a_wrong_config(folder, key, value, said):
         ("hidden_act", "relu", "hidden_act: expected 'silu', got 'relu'"),
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon: expected 1e-05, got 1e-06"),
         ("intermediate_size", 30, "intermediate_size: expected expand * hidden_size = 2 * 10, got 30"),
-        ("num_hidden_layers", True, "num_hidden_layers: expected a positive number, got True"),
+        ("num_hidden_layers", True, "num_hidden_layers: expected a whole number from 1 to 2**24, got True"),
+        ("conv_kernel", 5, "conv_kernel: expected 2, 3 or 4, got 5"),
+        ("time_step_min", None, "time_step_min: expected a positive number, got None"),
+        ("time_step_init_scheme", 3, "time_step_init_scheme: expected 'random' or 'constant', got 3"),
+        ("expand", float("inf"), "expand: expected a positive number, got inf"),
+        ("use_bias", "no", "use_bias: expected true or false, got 'no'"),
     ],
 )
 def test_a_wrong_config_of_transformers(folder, key, value, said):
@@ -166,6 +191,11 @@ def test_a_wrong_config_of_transformers(folder, key, value, said):
         folder, **({"model_type": "mamba", "hidden_size": 10, "num_hidden_layers": 2} | {key: value})
     )
     refused(folder, folder / "config.json", said)
+
+
+def test_every_keyword_of_the_block_can_stand_in_a_config():
+    keywords = inspect.signature(Mamba).parameters.keys() - {"d_model", "layer_idx", "device", "dtype"}
+    assert set(_OPTIONS) == keywords
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, '{"d_model": NaN', "\x00"], ids=range(6))
