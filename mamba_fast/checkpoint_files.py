@@ -32,6 +32,8 @@ class Entry(NamedTuple):
 class Folder:
     """A checkpoint in a folder."""
 
+    missing, where = None, ""
+
     def __init__(self, path):
         self.name, self.path = str(path), Path(path)
 
@@ -41,7 +43,12 @@ class Folder:
 
 
 class Hub:
-    """A checkpoint on the Hugging Face hub, every file from one commit."""
+    """A checkpoint on the Hugging Face hub, every file from one commit.
+
+    missing: huggingface_hub's error for a file that was not there; where: where that was.
+    """
+
+    missing, where = None, ""
 
     def __init__(self, name, revision, cache_dir, local_files_only):
         self.name, self.revision = name, revision
@@ -59,6 +66,8 @@ class Hub:
             path = Path(hf_hub_download(self.name, file, revision=self.revision, **self.options))
         except errors.EntryNotFoundError as error:
             self.missing = error
+            if isinstance(error, errors.LocalEntryNotFoundError):
+                self.where = " in the cache, and the hub was not asked or did not answer"
             return None
         except errors.HFValidationError as error:
             raise CheckpointError(f"{self.name}: no such folder, and no name on the hub: {error}") from error
@@ -109,8 +118,8 @@ def read_weights(source):
 
 
 def _not_there(source, file):
-    error = CheckpointError(f"{source.name}: expected a file {file}, found none")
-    error.__cause__ = getattr(source, "missing", None)
+    error = CheckpointError(f"{source.name}: expected a file {file}, found none{source.where}")
+    error.__cause__ = source.missing
     return error
 
 
