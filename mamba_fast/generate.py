@@ -27,6 +27,10 @@ def main(arguments=None):
     prompts = options.prompt
     streamer = _streamer(tokenizer) if len(prompts) == 1 else None
     batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1).to(device)
+    if not batch.attention_mask.any(-1).all():
+        sys.exit("--prompt: expected at least one token in each, got an empty text")
+    if batch.input_ids.max() >= model.lm_head.out_features:
+        sys.exit(f"--tokenizer: has tokens beyond the model's {model.lm_head.out_features}: not this model's")
     start = time.perf_counter()
     text = model.generate(
         batch.input_ids, batch.input_ids.shape[1] + options.genlen, attention_mask=batch.attention_mask,

@@ -22,13 +22,13 @@ from mamba_fast.bench.checks import CheckFailed, K
 from mamba_fast.bench.timing import in_turn, limit_ms, speeds
 from mamba_fast.generate import (
     DTYPES,
-    TOKENIZER,
     add_sampling,
     check_sampling_options,
     dtype_of,
     load_tokenizer,
     sampling_of,
 )
+from mamba_fast.generate import tokenizer_of as tokenizer_name
 
 CHECKED_ROWS = 2
 GREEDY = {"top_k": 1, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "repetition_penalty": 1.0}
@@ -42,7 +42,7 @@ def main(arguments=None):
     machine = speeds(device)
     try:
         rows = list(rows_of(options, device, dtype, machine))
-    except (CheckFailed, ValueError, ImportError) as error:
+    except (CheckFailed, ValueError, ImportError, OSError) as error:
         sys.exit(f"{error}: nothing is written")
     facts = report.machine(device)
     said = findings(rows)
@@ -121,8 +121,8 @@ def prompt_of(options, name, vocab, batch, seqlen, device):
 
 
 def tokenizer_of(name):
-    """That of the published models; a Pythia has its own, but for a random one."""
-    return load_tokenizer(name if "/pythia" in name else TOKENIZER)
+    """A Pythia's own, but for a random one; else as `python -m mamba_fast.generate` finds it."""
+    return load_tokenizer(name if "/pythia" in name else tokenizer_name(name))
 
 
 def agreement(rivals, input_ids, new, name):

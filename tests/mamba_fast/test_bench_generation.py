@@ -113,7 +113,7 @@ def test_a_prompt_of_text_is_continued_and_shown(tmp_path, monkeypatch, capsys):
         def decode(self, tokens, skip_special_tokens):
             return " ".join("x" * token for token in tokens.tolist())
 
-    monkeypatch.setattr(generation, "load_tokenizer", {generation.TOKENIZER: Words()}.get)
+    monkeypatch.setattr(generation, "load_tokenizer", {"EleutherAI/gpt-neox-20b": Words()}.get)
     out = tmp_path / "result.json"
     command = ["generation", "--model-name", "random:mamba-8x1", "--prompt", "some words here"]
     bench.main([*command, *TINY.split(), "--batch", "2", "--device", "cpu", "--out", str(out)])
@@ -122,6 +122,15 @@ def test_a_prompt_of_text_is_continued_and_shown(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.startswith("xxxx xxxxx xxxx ")
     assert len(said.splitlines()[0].split(" ")) == 3 + 4
+
+
+def test_whose_tokenizer_reads_the_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "load_tokenizer", lambda name: name)
+    (tmp_path / "tokenizer.json").touch()
+    for name in (str(tmp_path), "EleutherAI/pythia-70m", "state-spaces/mamba-130m-hf"):
+        assert generation.tokenizer_of(name) == name
+    for name in ("state-spaces/mamba-130m", "random:pythia-70m"):
+        assert generation.tokenizer_of(name) == "EleutherAI/gpt-neox-20b"
 
 
 @pytest.mark.parametrize(

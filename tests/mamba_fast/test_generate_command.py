@@ -108,3 +108,17 @@ def test_a_folder_without_a_model_is_named(folder, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         generate.main(["--model-name", str(tmp_path), "--tokenizer", str(folder), "--prompt", "a"])
     assert str(tmp_path) in stopped.value.code
+
+
+@pytest.mark.parametrize("prompts", [[""], ["a", ""]], ids=["alone", "in a batch"])
+def test_an_empty_prompt_is_refused(folder, prompts):
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model-name", str(folder), "--device", "cpu", "--prompt", *prompts])
+    assert stopped.value.code == "--prompt: expected at least one token in each, got an empty text"
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(folder, tmp_path):
+    MambaLMHeadModel(MambaConfig(d_model=8, n_layer=1, vocab_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model-name", str(tmp_path), "--tokenizer", str(folder), "--prompt", "z"])
+    assert stopped.value.code.startswith("--tokenizer: has tokens beyond the model's 16")
