@@ -1,6 +1,7 @@
 """Text from a model: the prompt in sequence form, then one step a token (section 3.2: recurrent mode)."""
 
 import contextlib
+import operator
 import time
 from collections import deque
 from typing import NamedTuple
@@ -83,8 +84,11 @@ def decode(
     before the last.
     """
     check_sampling(top_k, top_p, min_p, temperature, repetition_penalty)
-    attention_mask = _check_ids(input_ids, max_length, attention_mask, teacher_outputs, prefill_chunk)
-    input_ids, eos, new = input_ids.long(), _as_list(eos_token_id), max_length - input_ids.shape[1]
+    for name, value in (("vocab_size", vocab_size), ("prefill_chunk", prefill_chunk)):
+        if value is not None and _whole(name, value) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    attention_mask = _check_ids(input_ids, max_length, attention_mask, teacher_outputs)
+    input_ids, eos, new = input_ids.long(), _as_list(eos_token_id), int(max_length) - input_ids.shape[1]
     numbers = dict(zip(NUMBERS, (top_p, min_p, temperature, repetition_penalty), strict=True))
     filters = tuple(name for name, idle in IDLE.items() if top_k != 1 and numbers[name] not in idle)
     forced = _forced(teacher_outputs, input_ids, new)
@@ -207,7 +211,7 @@ def _uniforms(new, input_ids, seed, generator):
     if seed is not None and generator is not None:
         raise ValueError("seed: expected None beside a generator, which has its own")
     if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(_whole("seed", seed))
     at = {"dtype": torch.float64, "device": "cpu" if generator is None else generator.device}
     return torch.rand(new, len(input_ids), generator=generator, **at).to(input_ids.device)
 
@@ -222,25 +226,36 @@ def _forced(teacher_outputs, input_ids, new):
 
 
 def _as_list(eos_token_id):
-    if eos_token_id is None:
-        return []
-    return [int(eos_token_id)] if not isinstance(eos_token_id, (list, tuple)) else list(eos_token_id)
+    """The tokens that end a row: None, one, or several in a list, a set, a tensor."""
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    if eos_token_id is None or isinstance(eos_token_id, (list, tuple, set)):
+        return [_whole("eos_token_id", token) for token in eos_token_id or ()]
+    return [_whole("eos_token_id", eos_token_id)]
 
 
-def _check_ids(input_ids, max_length, attention_mask, teacher_outputs, prefill_chunk):
+def _whole(name, value):
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def _check_ids(input_ids, max_length, attention_mask, teacher_outputs):
     """Errors that name the argument; the attention_mask, or None where it masks nothing."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids: expected a tensor of int64 or int32, got {_kind(input_ids)}")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids: expected (B, L), neither of them 0, got {tuple(input_ids.shape)}")
     batch, seqlen = input_ids.shape
-    if max_length <= seqlen:
+    if _whole("max_length", max_length) <= seqlen:
         raise ValueError(f"max_length: counts the prompt of {seqlen} tokens too, got {max_length}")
+    for name, value in (("teacher_outputs", teacher_outputs), ("attention_mask", attention_mask)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {_kind(value)}")
     if teacher_outputs is not None and (teacher_outputs.dim() != 2 or len(teacher_outputs) != batch):
         shape = tuple(teacher_outputs.shape)
         raise ValueError(f"teacher_outputs: expected (B, T) with B = {batch}, got {shape}")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk: expected at least 1, got {prefill_chunk}")
     if attention_mask is None:
         return None
     if attention_mask.shape != input_ids.shape:

@@ -10,9 +10,13 @@ import torch
 
 
 def check_sampling(top_k, top_p, min_p, temperature, repetition_penalty):
-    """ValueError that names the first argument out of its range."""
+    """ValueError or TypeError that names the first argument out of its range, or no number."""
     if not isinstance(top_k, numbers.Integral) or top_k < 0:
         raise ValueError(f"top_k: expected an integer of at least 0 (no limit; 1 is greedy), got {top_k!r}")
+    rest = dict(top_p=top_p, min_p=min_p, temperature=temperature, repetition_penalty=repetition_penalty)
+    for name, value in rest.items():
+        if not isinstance(value, (numbers.Real, torch.Tensor)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")

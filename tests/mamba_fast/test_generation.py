@@ -260,29 +260,3 @@ def test_half_precision_and_int32_ids():
     text = text_of(model, ids, 4, seed=1, repetition_penalty=1.2, **SAMPLED)
     assert text.dtype == torch.int64
     assert torch.equal(text[:, :3], ids.long())
-
-
-IDS = token_ids(32, 2, 3)
-
-
-@pytest.mark.parametrize(
-    "ids, options, error, message",
-    [
-        (IDS[0], {}, ValueError, r"input_ids: expected \(B, L\)"),
-        (IDS[:, :0], {}, ValueError, r"input_ids: expected \(B, L\)"),
-        (IDS.float(), {}, TypeError, "input_ids: expected a tensor of int64 or int32, got torch.float32"),
-        (IDS.tolist(), {}, TypeError, "input_ids: expected a tensor of int64 or int32, got list"),
-        (IDS, dict(max_length=3), ValueError, "max_length: counts the prompt of 3 tokens too, got 3"),
-        (IDS, dict(teacher_outputs=IDS[:1]), ValueError, r"teacher_outputs: expected \(B, T\) with B = 2"),
-        (IDS, dict(prefill_chunk=0), ValueError, "prefill_chunk: expected at least 1, got 0"),
-        (IDS, dict(attention_mask=IDS[:, 1:]), ValueError, r"attention_mask: expected \(B, L\) = \(2, 3\)"),
-        (IDS, dict(attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]])), ValueError, "padding on the left"),
-        (IDS, dict(attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]])), ValueError, "padding on the left"),
-        (IDS, dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), ValueError, "padding on the left"),
-        (IDS, dict(top_k=0, seed=1, generator=torch.Generator()), ValueError, "seed: expected None beside"),
-        (IDS, dict(top_k=5, temperature=0), ValueError, "temperature: expected a positive number"),
-    ],
-)
-def test_misuse_is_named(ids, options, error, message):
-    with pytest.raises(error, match=message):
-        fast_model(reference_model(33)).generate(ids, **({"max_length": 9} | options))
