@@ -52,8 +52,33 @@ def _named(*objects):
     return {v.__name__: v for v in objects}
 
 
-_NORMS = _with_reference(layer_norm_fn, rms_norm_fn) | _named(RMSNorm)
-_CONV = _with_reference(causal_conv1d_fn, causal_conv1d_update)
+def _norm_reference(function):
+    """The published references of the norms ask for float32 by `upcast`; here everything is computed so."""
+
+    @functools.wraps(function)
+    def reference(*args, upcast=True, **kwargs):
+        return function(*args, **kwargs)
+
+    return reference
+
+
+def causal_conv1d_ref(
+    x,
+    weight,
+    bias=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    """:func:`causal_conv1d_fn` in plain PyTorch, with the published reference's arguments: no seq_idx."""
+    states = (initial_states, return_final_states, final_states_out)
+    return causal_conv1d_fn(x, weight, bias, None, *states, activation, backend="torch")
+
+
+_NORMS = _with_reference(layer_norm_fn, rms_norm_fn)
+_NORMS |= {k: _norm_reference(v) for k, v in _NORMS.items() if k.endswith("_ref")} | _named(RMSNorm)
+_CONV = _with_reference(causal_conv1d_fn, causal_conv1d_update) | _named(causal_conv1d_ref)
 MODULES = {  # module: what it holds
     "mamba_ssm": _named(selective_scan_fn, mamba_inner_fn, selective_state_update, Mamba, MambaLMHeadModel),
     "mamba_ssm.ops": {},
@@ -70,7 +95,7 @@ MODULES = {  # module: what it holds
     "mamba_ssm.models.config_mamba": _named(MambaConfig),
     "mamba_ssm.models.mixer_seq_simple": {
         "_init_weights": init_weights,
-        **_named(MambaLMHeadModel, MixerModel, create_block),
+        **_named(MambaLMHeadModel, MixerModel, create_block, MambaConfig),
     },
     "mamba_ssm.utils": {},
     "mamba_ssm.utils.generation": _named(InferenceParams, GenerationMixin, decode),

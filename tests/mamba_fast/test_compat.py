@@ -69,6 +69,7 @@ def run(code):
         ("from mamba_ssm.modules.block import Block as f", "Block"),
         ("from mamba_ssm.models.config_mamba import MambaConfig as f", "MambaConfig"),
         ("from mamba_ssm.models.mixer_seq_simple import MixerModel as f", "MixerModel"),
+        ("from mamba_ssm.models.mixer_seq_simple import MambaConfig as f", "MambaConfig"),
         ("from mamba_ssm.utils.generation import InferenceParams as f", "InferenceParams"),
         ("from causal_conv1d import causal_conv1d_fn as f", "causal_conv1d_fn"),
         (
@@ -114,6 +115,19 @@ def test_a_reference_is_the_plain_pytorch_form(registered):
     got, want = f(**args), mamba_fast.selective_scan_fn(**args, backend="torch")
     assert f.__name__ == "selective_scan_ref"
     assert torch.equal(got, want)
+
+
+def test_references_take_the_published_arguments(registered):
+    """That of the convolution has no seq_idx before its states; those of the norms may be told to upcast."""
+    conv = run("from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref as f")["f"]
+    x, weight, states = torch.randn(2, 3, 5), torch.randn(3, 4), torch.randn(2, 3, 3)
+    want = mamba_fast.causal_conv1d_fn(x, weight, initial_states=states, return_final_states=True)
+    for a, b in zip(conv(x, weight, None, states, True), want, strict=True):
+        assert torch.equal(a, b)
+    norm = run("from mamba_ssm.ops.triton.layer_norm import rms_norm_ref as f")["f"]
+    want = mamba_fast.rms_norm_fn(x, weight[0, :1].expand(5), None)
+    assert torch.equal(norm(x, weight[0, :1].expand(5), None, upcast=True), want)
+    assert (conv.__name__, norm.__name__) == ("causal_conv1d_ref", "rms_norm_ref")
 
 
 @pytest.mark.parametrize(
