@@ -68,7 +68,8 @@ def _step_sizes(bias, options):
     low, high, floor = (options[k] for k in ("dt_min", "dt_max", "dt_init_floor"))
     wanted = f"softplus of it log-uniform from {max(low, floor):.3g} to {max(high, floor):.3g}"
     dt = F.softplus(_exact(bias))
-    room = 4 * torch.finfo(bias.dtype).eps * _exact(bias).abs().max().clamp(min=1).item()
+    eps = max(torch.finfo(bias.dtype).eps, torch.finfo(torch.float32).eps)  # it is found in float32
+    room = 4 * eps * _exact(bias).abs().max().clamp(min=1).item()
     inside = (dt >= max(low, floor) * (1 - room)) & (dt <= max(high, floor) * (1 + room))
     if not inside.all():
         zero = ": set to zero, a Linear's usual bias" if not bias.any() else ""

@@ -49,6 +49,7 @@ def test_constant_dt_and_its_floor():
     check("weight", block.dt_proj.weight, torch.full((128, 4), 0.5), 0)
     check("step sizes", F.softplus(block.dt_proj.bias.double()), torch.full((128,), 1e-3), 2.0**-18)
     assert check_init(block) == []
+    assert check_init(Mamba(8, dt_rank=1, dt_min=1e-6, dt_max=1e-5, dtype=torch.float64)) == []  # all floor
 
 
 def test_initial_values_of_the_model():
