@@ -108,7 +108,8 @@ class _Run:
 
     def __init__(self, model, decoder, uniforms, forced, eos, output_scores, streamer):
         self.model, self.decoder, self.uniforms, self.forced = model, decoder, uniforms, forced
-        self.eos, self.streamer, self.output_scores = torch.tensor(eos), streamer, output_scores
+        self.streamer, self.output_scores = streamer, output_scores
+        self.eos = torch.tensor(eos, dtype=torch.long, device="cpu")
         self.on_gpu = decoder.slots.token.is_cuda
         self.followed = 0
 

@@ -27,7 +27,7 @@ def init_scan_parameters(mixer, dt_min, dt_max, dt_init, dt_scale, dt_init_floor
     else:
         nn.init.uniform_(weight, -limit, limit)
     span = math.log(dt_max) - math.log(dt_min)
-    dt = torch.exp(torch.rand(len(bias), device=bias.device) * span + math.log(dt_min))
+    dt = torch.exp(torch.rand(len(bias), dtype=torch.float32, device=bias.device) * span + math.log(dt_min))
     dt = dt.clamp(min=dt_init_floor)
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
     states = mixer.A_log.shape[1]

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+_HERE = {"dtype": torch.float64, "device": "cpu"}
 SIGMAS = 6  # how far a random mean or standard deviation may lie from its own: a chance of 2 in 10^9
 
 
@@ -26,14 +27,14 @@ def check_init(model):
 
 
 def _values(mixer):
-    states = torch.arange(1, mixer.d_state + 1, dtype=torch.float64)
+    states = torch.arange(1, mixer.d_state + 1, **_HERE)
     yield from _constant("A_log", mixer.A_log, torch.log(states), "log(1) .. log(N)")
-    yield from _constant("D", mixer.D, torch.ones((), dtype=torch.float64), "1 everywhere")
+    yield from _constant("D", mixer.D, torch.ones((), **_HERE), "1 everywhere")
     options = mixer.init_options
     limit = mixer.dt_rank**-0.5 * options["dt_scale"]
     weight = mixer.dt_proj.weight
     if options["dt_init"] == "constant":
-        wanted = torch.full((), limit, dtype=torch.float64)
+        wanted = torch.full((), limit, **_HERE)
         yield from _constant("dt_proj.weight", weight, wanted, f"{limit:.3g} everywhere")
     else:
         yield from _uniform(weight, limit)

@@ -83,10 +83,11 @@ def _new_plan(weights, batch, states, rows, device):
     if not fits(macros):
         return None
     ranks = batch * (weights.dt_rank + 2 * weights.d_state)
+    single = {"dtype": torch.float32, "device": device}
     scratch = [
-        torch.empty(batch, macros["D_MODEL"], device=device),  # residual
-        torch.empty(macros["BLOCKS"], ranks, device=device),  # partial
-        torch.empty(ranks, device=device),  # ranks
+        torch.empty(batch, macros["D_MODEL"], **single),  # residual
+        torch.empty(macros["BLOCKS"], ranks, **single),  # partial
+        torch.empty(ranks, **single),  # ranks
         weights.head.new_empty(batch, macros["D_INNER"]),  # y
         *torch.zeros(2, 8, dtype=torch.int32, device=device),  # arrivals, start
     ]

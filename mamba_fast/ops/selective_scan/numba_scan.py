@@ -29,9 +29,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
     batch, _, seqlen = u.shape
     table = A.new_zeros(rows, *A.shape) if initial_state is None else initial_state
     chunks = -(-seqlen // CHUNK) if keep else 0
-    y = torch.empty(u.shape, dtype=torch.float32)
+    y = _empty(u.shape)
     last = table.clone(memory_format=torch.contiguous_format)  # an empty sequence keeps its state
-    states = torch.empty(batch, chunks, *A.shape)
+    states = _empty(batch, chunks, *A.shape)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
     flags = (softplus, z is not None, seq is not None, varlen, is_constant(B, u), is_constant(C, u))
     with _one_at_a_time:
@@ -55,11 +55,11 @@ def backward(
     span = _span(u, B, C)
     spans = d_inner // span
     pieces = min(-(-span // LANES), -(-_TASKS // (batch * spans)))
-    du, ddelta, dgate = (torch.empty(u.shape, dtype=torch.float32) for _ in range(3))
-    gated = torch.empty(u.shape if y is not None else (0, 0, 0), dtype=torch.float32)
-    dA, dB_constant, dC_constant = (torch.empty(batch, d_inner, d_state) for _ in range(3))
-    dB, dC = (torch.zeros(batch, spans, pieces, d_state, seqlen) for _ in range(2))
-    dD, dbias = torch.empty(batch, d_inner), torch.empty(batch, d_inner)
+    du, ddelta, dgate = (_empty(u.shape) for _ in range(3))
+    gated = _empty(u.shape if y is not None else (0, 0, 0))
+    dA, dB_constant, dC_constant = (_empty(batch, d_inner, d_state) for _ in range(3))
+    dB, dC = (_empty(batch, spans, pieces, d_state, seqlen).zero_() for _ in range(2))
+    dD, dbias = _empty(batch, d_inner), _empty(batch, d_inner)
     dtable = dlast.float().clone(memory_format=torch.contiguous_format)  # that of an empty sequence
     outputs = (du, ddelta, dA, dB, dC, dB_constant, dC_constant, dD, dgate, gated, dbias, dtable)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, table)
@@ -92,9 +92,14 @@ def _inputs(u, delta, A, B, C, D, z, delta_bias, table):
     D and delta_bias are copied: they can be parameters, and memory that NumPy has seen is never freed, which
     a sharded model wants to do with its parameters.
     """
-    none = torch.zeros(u.shape[1])
+    none = _empty(u.shape[1]).zero_()
     D, delta_bias = (none if v is None else v.clone() for v in (D, delta_bias))
     return tuple(_array(v) for v in (u, delta, A, B, C, D, u if z is None else z, delta_bias, table))
+
+
+def _empty(*size):
+    """Float32 on the CPU, whatever torch's default type and device are."""
+    return torch.empty(*size, dtype=torch.float32, device="cpu")
 
 
 def _array(tensor):
