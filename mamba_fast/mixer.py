@@ -6,7 +6,6 @@ Paper: section 3.4 and figure 3. Parameters, their initialisation and the arithm
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mamba_fast.init import init_scan_parameters, mark_scan_parameters
@@ -15,7 +14,7 @@ from mamba_fast.ops.causal_conv1d import causal_conv1d_update
 from mamba_fast.ops.mamba_inner import mamba_inner_fn
 from mamba_fast.ops.selective_scan import selective_scan_fn
 from mamba_fast.ops.selective_state_update import selective_state_update
-from mamba_fast.sequence import convolve, last_inputs, narrow, project, room_of, wide
+from mamba_fast.sequence import before_bias, convolve, last_inputs, narrow, project, room_of, wide
 
 ASLEEP = -80.0  # delta of a padded token: Δ is 2e-35 then, exp(ΔA) exactly 1, and the state passes through
 
@@ -144,7 +143,7 @@ class Mamba(nn.Module):
             backend=room,
         ).to(x.dtype)  # fmt: skip
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = F.linear(dt, self.dt_proj.weight)  # its bias is added in float32, below
+        delta = before_bias(self.dt_proj, dt)
         y = selective_state_update(
             ssm_state, u, delta, self._A_for_steps(), B, C, self.D, z=z, dt_bias=self.dt_proj.bias,
             dt_softplus=True, backend=room,
@@ -203,7 +202,7 @@ class Mamba(nn.Module):
         u = convolve(x, self.conv1d, conv_state, layout, room_of(backend))
         rows = project(self.x_proj, u)  # (B, R + 2N, L)
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = project(self.dt_proj.weight, dt)
+        delta = before_bias(self.dt_proj, dt)
         if layout.pad is not None:
             delta = delta.masked_fill(layout.pad, ASLEEP)
         y = scan(
@@ -227,7 +226,7 @@ class Mamba(nn.Module):
         return xz.view(2 * self.d_inner, batch, seqlen).transpose(0, 1)
 
     def _is_fused(self, layout, initial_states, return_final_states):
-        plain = all(type(v) is nn.Linear for v in (self.x_proj, self.out_proj))
+        plain = all(type(v) is nn.Linear for v in (self.x_proj, self.dt_proj, self.out_proj))
         return (
             self.use_fast_path
             and plain

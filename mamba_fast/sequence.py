@@ -69,6 +69,16 @@ def project(linear, v):
     return torch.bmm(weight.expand(len(v), -1, -1), v)
 
 
+def before_bias(dt_proj, dt):
+    """delta (B, D, L) of dt (B, R, L), or (B, D) of (B, R), without its bias: the scan adds it in float32."""
+    step = dt.dim() == 2
+    if type(dt_proj) is nn.Linear:
+        return F.linear(dt, dt_proj.weight) if step else project(dt_proj.weight, dt)
+    delta = dt_proj(dt if step else dt.mT)  # a layer that a library has put in its place
+    delta = (delta - dt_proj.bias).to(delta.dtype)
+    return delta if step else delta.mT
+
+
 def narrow(linear, y):
     """out_proj of y (B, D, L): (B, L, d_model)."""
     if type(linear) is not nn.Linear or y.shape[2] <= SHORT:

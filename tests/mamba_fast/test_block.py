@@ -120,15 +120,19 @@ def test_a_projection_put_in_by_a_library_is_called():
 
     torch.manual_seed(2)
     x = torch.randn(2, 5, 6)
-    for name in ("in_proj", "x_proj", "out_proj"):
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
         block, want = Mamba(6), Mamba(6)
         want.load_state_dict(block.state_dict())
         layer = getattr(block, name)
-        wrapped = Doubled(layer.in_features, layer.out_features, bias=False)
-        wrapped.weight = layer.weight
+        wrapped = Doubled(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        wrapped.weight, wrapped.bias = layer.weight, layer.bias
         setattr(block, name, wrapped)
-        getattr(want, name).weight.data *= 2
+        for p in getattr(want, name).parameters():
+            p.data *= 2
         check(name, block(x), want(x), 2.0**-20)
+        states = block.allocate_inference_cache(2, 0)
+        steps = [block.step(x[:, t : t + 1], *states)[0] for t in range(5)]
+        check(f"{name}, steps", torch.cat(steps, 1), want(x), 2.0**-20)
 
 
 @pytest.mark.parametrize("norm_cls", [nn.LayerNorm, RMSNorm])
