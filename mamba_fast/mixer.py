@@ -243,14 +243,14 @@ class Mamba(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.is_inference():
             return self._A()
         was = (self.A_log.data_ptr(), self.A_log._version, self.A_log.dtype, self.A_log.device)
-        if self._kept is None or self._kept[0][2:] != was[2:]:
+        kept_for, A = self._kept or (None, None)
+        if A is None or kept_for[2:] != was[2:]:
             with torch.inference_mode(False):
-                self._kept = (None, torch.empty_like(wide(self.A_log), requires_grad=False))
-        if renew or self._kept[0] != was:
-            A = self._kept[1]
-            torch.exp(wide(self.A_log), out=A).neg_()
+                kept_for, A = None, torch.empty_like(wide(self.A_log), requires_grad=False)
+        if renew or kept_for != was:  # written at once: another thread may read it for a step of its own
+            torch.neg(torch.exp(wide(self.A_log)), out=A)
             self._kept = (was, A)
-        return self._kept[1]
+        return A
 
 
 def _mark_again(mixer, _):

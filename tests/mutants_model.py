@@ -24,7 +24,7 @@ ROWS = (
      "self._A_for_steps(renew=True)", "self._A_for_steps()",
      STATES + "test_a_step_sees_new_weights"),
     ("A is not found again when A_log has changed", FAST + "mixer.py",
-     "if renew or self._kept[0] != was:", "if renew:",
+     "if renew or kept_for != was:", "if renew:",
      STATES + "test_a_step_sees_new_weights"),
     ("rows of a larger batch are taken from its first", FAST + "mixer.py",
      "v[first : first + batch_size] for", "v[:batch_size] for",

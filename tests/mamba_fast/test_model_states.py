@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from model_inputs import check_logits, fast_model, random_states, reference_model, token_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_fast import InferenceParams, Mamba
 from mamba_ref.checks import bound, check
@@ -188,3 +189,23 @@ def test_misuse_is_named():
         model(ids, inference_params=params, return_final_states=True)
     with pytest.raises(ValueError, match="layer_idx: needed with inference_params"):
         Mamba(4)(torch.randn(1, 2, 4), inference_params=params)
+
+
+@torch.no_grad()
+def test_a_prompt_disturbs_no_step_of_another_thread():
+    """The kept A is never anything else, not even for a moment, while a prompt finds it again."""
+    model, ids = fast_model(reference_model(20)), token_ids(21, 1, 4)
+    mixers = [layer.mixer for layer in model.backbone.layers]
+    model(ids, inference_params=InferenceParams(max_seqlen=9, max_batch_size=1))
+    want, wrong = [mixer._A() for mixer in mixers], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if not all(torch.equal(mixer._kept[1], A) for mixer, A in zip(mixers, want, strict=True)):
+                wrong.append(func)
+            return out
+
+    with Watch():
+        model(ids, inference_params=InferenceParams(max_seqlen=9, max_batch_size=1))
+    assert wrong == []
