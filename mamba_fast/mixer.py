@@ -54,6 +54,7 @@ class Mamba(nn.Module):
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, padding=d_conv - 1, groups=self.d_inner, bias=conv_bias, **at
         )
+        self.activation, self.act = "silu", nn.SiLU()  # for code that takes a published block apart
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **at)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **at)
         single = {"device": device, "dtype": torch.float32}

@@ -135,6 +135,23 @@ def test_a_projection_put_in_by_a_library_is_called():
         check(f"{name}, steps", torch.cat(steps, 1), want(x), 2.0**-20)
 
 
+def test_a_block_can_be_taken_apart():
+    """By its published attributes, as code does that watches a block or has a forward of its own."""
+    torch.manual_seed(3)
+    block, x = Mamba(6, d_state=3), torch.randn(2, 5, 6)
+    u, z = block.in_proj(x).mT.chunk(2, dim=1)
+    u = block.act(block.conv1d(u)[..., :5]).mT
+    dt, B, C = block.x_proj(u).split([block.dt_rank, block.d_state, block.d_state], -1)
+    delta = F.softplus(block.dt_proj(dt))
+    h, out = torch.zeros(2, block.d_inner, block.d_state), []
+    for t in range(5):
+        decay = torch.exp(-delta[:, t, :, None] * block.A_log.exp())
+        h = decay * h + (delta * u)[:, t, :, None] * B[:, t, None]
+        out.append((h * C[:, t, None]).sum(-1) + block.D * u[:, t])
+    check("out", block.out_proj(torch.stack(out, 1) * block.act(z.mT)), block(x), 2.0**-18)
+    assert block.activation == "silu"
+
+
 @pytest.mark.parametrize("norm_cls", [nn.LayerNorm, RMSNorm])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_layer_adds_then_norms_then_mixes(norm_cls, fused):
