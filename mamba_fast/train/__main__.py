@@ -24,7 +24,7 @@ def main(arguments=None):
             options.changes["device"] = str(init_from_torchrun())
         config = load_config(options.config, options.changes)
         result = train(config, processes=processes_of(config) if started else None)
-    except (ConfigError, DataError, CheckpointError, ImportError) as error:
+    except (ConfigError, DataError, CheckpointError, ImportError, OSError) as error:
         sys.exit(str(error))
     if started:
         rank = dist.get_rank()
@@ -32,8 +32,9 @@ def main(arguments=None):
         if rank:
             return
     last = result.metrics[-1] if result.metrics else {}
-    found = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.endswith(("loss", "accuracy")))
-    print(f"{result.step} steps, {result.seconds:.0f} s, {found}: {result.out / 'curve.png'}")
+    kept = {k: v for k, v in last.items() if k.endswith(("loss", "accuracy"))}
+    found = "".join(f", {k} {'not finite' if v is None else f'{v:.4g}'}" for k, v in kept.items())
+    print(f"{result.step} steps, {result.seconds:.0f} s{found}: {result.out / 'curve.png'}")
 
 
 def parse(arguments):

@@ -4,8 +4,10 @@ import os
 import pickle
 import random
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -14,6 +16,10 @@ from mamba_fast.checkpoint_files import CheckpointError
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
+_UNREADABLE = (  # what zipfile, pickle and torch say of wrong bytes; a UnicodeDecodeError is a ValueError
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError,
+    ValueError, KeyError,
+)  # fmt: skip
 
 
 def save(folder, step, state):
@@ -66,11 +72,14 @@ def load(path):
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             damaged = file.testzip()
-        if damaged:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} does not match")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            # nor do they cover the directory: an entry that calls itself a folder is read as nothing at all
+            damaged = damaged or next((e.filename for e in file.infolist() if e.external_attr), None)
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path}: truncated or no checkpoint: {error}") from error
+    if damaged:
+        raise CheckpointError(f"{path}: damaged: the checksum of {damaged} does not match")
+    return state
 
 
 def random_states():

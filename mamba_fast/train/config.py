@@ -20,10 +20,11 @@ CHOICES = {
     "parallel": ("ddp", "fsdp", "sequence"),
 }
 AT_LEAST = {
-    "batch_size": 1, "seqlen": 1, "accumulate": 1, "steps": 0, "warmup": 0, "lr": 0, "final_lr": 0,
+    "seed": 0, "batch_size": 1, "seqlen": 1, "accumulate": 1, "steps": 0, "warmup": 0, "lr": 0, "final_lr": 0,
     "weight_decay": 0, "clip": 0, "log_every": 1, "eval_every": 0, "eval_batches": 1, "save_every": 1,
 }  # fmt: skip
 FREE = ("out", "device", "log_every", "save_every", "parallel")  # may differ when a run goes on
+TEXTS = ("out", "device", "data.folder", "data.files", "data.tokenizer", "data.cache")  # 2024 is a name there
 ROWS = ("batch_size", "accumulate")  # and these, where a step still takes the same rows
 
 
@@ -92,6 +93,8 @@ class TrainConfig:
         for key, least in AT_LEAST.items():
             if not getattr(self, key) >= least:
                 raise ConfigError(f"{key}: expected at least {least}, got {getattr(self, key)}")
+        if not (len(self.betas) == 2 and all(type(v) in (int, float) and 0 <= v < 1 for v in self.betas)):
+            raise ConfigError(f"betas: expected two numbers from 0 up to 1, got {self.betas}")
         if self.graph and self.task not in GENERATED:
             raise ConfigError(
                 f"graph: expected a task of {GENERATED}, got {self.task!r}: its data is on the CPU"
@@ -103,6 +106,9 @@ class TrainConfig:
         _known("model", self.model, [f.name for f in fields(MambaConfig)])
         keywords = inspect.signature(DATA[self.task]).parameters
         _known("data", self.data, [name for name in keywords if name != "config"])
+        for key, value in self.data.items():
+            default = keywords[key].default
+            self.data[key] = _typed(f"data.{key}", value, int if default is None else type(default))
 
     def lr_at(self, step):
         """The learning rate of a step, counted from 0: a rise over `warmup` steps, then the schedule."""
@@ -150,7 +156,7 @@ def load_config(source=None, changes=None):
                 table = table.setdefault(name, {})
                 if not isinstance(table, dict):
                     raise ConfigError(f"{dotted}: {name} is no table")
-            table[key] = _value(value) if isinstance(value, str) else value
+            table[key] = _value(value, dotted in TEXTS) if isinstance(value, str) else value
         _known("", settings, [f.name for f in fields(TrainConfig)])
         return TrainConfig(**settings)
     except ConfigError as error:
@@ -181,17 +187,20 @@ def _read(source):
     except FileNotFoundError:
         names = ", ".join(packaged())
         raise ConfigError(f"{source}: no such file, and none of the package's: {names}") from None
-    except toml.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{source}: expected a TOML file: {error.strerror}") from None
+    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _value(text):
-    """A TOML value where `text` is one, else the text itself."""
+def _value(text, is_text):
+    """A TOML value where `text` is one, else the text itself; so too where a text is wanted."""
     toml = _toml()
     try:
-        return toml.loads(f"value = {text}")["value"]
+        found = toml.loads(f"value = {text}")["value"]
     except toml.TOMLDecodeError:
         return text
+    return text if is_text and not isinstance(found, str) else found
 
 
 def _known(table, given, accepted):

@@ -29,24 +29,35 @@ class Corpus(NamedTuple):
     digest: str
 
 
-def corpus_of(folder, files="**/*", tokenizer="", cache="out/tokens"):
+WRITTEN = ("checkpoints", "model", "metrics.jsonl", "curve.png")  # in `out`, by a run
+
+
+def corpus_of(folder, files="**/*", tokenizer="", cache="out/tokens", out=None):
     """The :class:`Corpus` of the files in `folder` that match the pattern `files`, one document each.
 
     Tokens are bytes; or those of `tokenizer`, the path of a file of the tokenizers library. They are written
     to `cache` once, and mapped from there: memory holds one document at a time while they are made, and
     what is read of them later. Documents stand in the order of a hash of their names, which is as good as
-    any and the same everywhere. Raises DataError, naming folder or file.
+    any and the same everywhere. What a run writes to the folder `out` is no document. Raises DataError,
+    naming folder or file.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not (str(folder) and root.is_dir()):
         raise DataError(f"data.folder: expected a folder of text files, got {str(folder)!r}")
-    found = [p for p in root.glob(files) if p.is_file() and p.stat().st_size]
+    written = {Path(cache).resolve(), *(Path(out).resolve() / name for name in WRITTEN if out)}
+    try:
+        found = [p for p in root.glob(files) if p.is_file() and p.stat().st_size]
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"data.files: expected a pattern as '**/*.txt', got {files!r}: {error}") from None
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    found = [p for p in found if written.isdisjoint([p.resolve(), *p.resolve().parents])]
     if not found:
         raise DataError(f"data.files: no file in {root} matches {files!r} and has a byte in it")
     names = {p.relative_to(root).as_posix(): p for p in found}
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     facts = [[n, s.st_size, s.st_mtime_ns] for n in order for s in [names[n].stat()]]
+    if tokenizer and not Path(tokenizer).is_file():
+        raise DataError(f"data.tokenizer: expected a file of the tokenizers library, got {tokenizer!r}")
     model = Path(tokenizer).read_bytes() if tokenizer else b""
     key = json.dumps([str(root.resolve()), facts, hashlib.sha256(model).hexdigest()])
     place = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -65,7 +76,14 @@ def _encoder(tokenizer):
         from tokenizers import Tokenizer
     except ImportError:
         raise ImportError("data.tokenizer needs tokenizers: pip install 'mamba-fast[train]'") from None
-    model = Tokenizer.from_file(tokenizer)
+    try:
+        model = Tokenizer.from_file(tokenizer)
+    except Exception as error:  # the library has no class of its own for it
+        raise DataError(
+            f"data.tokenizer: {tokenizer} is no file of the tokenizers library: {error}"
+        ) from None
+    model.no_truncation()  # the file may say at how many tokens a model wants its rows cut or filled up:
+    model.no_padding()  # ours are whole documents
     dtype = np.uint16 if model.get_vocab_size() <= 2**16 else np.uint32
 
     def encode(path):
@@ -177,5 +195,5 @@ class TextData:
 
 def text_data(config, folder="", files="**/*", tokenizer="", validation=0.05, cache=""):
     """The :class:`TextData` of a configuration; its tokens are kept in `cache`, by default below `out`."""
-    corpus = corpus_of(folder, files, tokenizer, cache or Path(config.out) / "tokens")
+    corpus = corpus_of(folder, files, tokenizer, cache or Path(config.out) / "tokens", config.out)
     return TextData(corpus, config.batch_size, config.seqlen, config.seed, config.device, validation)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mamba_fast.model import MambaLMHeadModel
 from mamba_fast.train import checkpoint
 from mamba_fast.train.graph import GraphedStep
-from mamba_fast.train.metrics import Metrics, draw_curve
+from mamba_fast.train.metrics import Metrics, draw_curve, read_metrics
 from mamba_fast.train.run import Run, repeatable
 from mamba_fast.train.tasks import IGNORED
 
@@ -34,7 +34,8 @@ def train(config, *, model=None, data=None, hooks=(), processes=None):
     config : a :class:`TrainConfig`
     model, data : in place of those that the config describes
     hooks : each is called as hook(run, line) behind every validation, with the :class:`Run` and the line of
-        metrics that will be written, to which it may add; one that returns True ends the run there
+        metrics that will be written, to which it may add; one that returns True ends the run there. Started
+        again, they are asked once more, and the run goes on if none of them wants its end any longer.
     processes : ``processes_of(config)`` where several of torch.distributed share the steps. All of them call
         this, and read the checkpoint; rank 0 alone writes.
 
@@ -48,6 +49,8 @@ def train(config, *, model=None, data=None, hooks=(), processes=None):
         if found:
             run.load_state(found[1])
         out.mkdir(parents=True, exist_ok=True)
+        if run.finished and run.step < config.steps:
+            run.finished = _still_ended(run, out / "metrics.jsonl", hooks)
         metrics = Metrics(out / "metrics.jsonl", run.step) if run.processes.rank == 0 else None
         if not run.finished:
             _take_steps(run, metrics, hooks)
@@ -57,6 +60,12 @@ def train(config, *, model=None, data=None, hooks=(), processes=None):
         if isinstance(whole, MambaLMHeadModel):
             whole.save_pretrained(out / "model")
     return Result(run.model, run.step, metrics.lines if metrics else [], run.seconds, out)
+
+
+def _still_ended(run, path, hooks):
+    """Do the hooks, given the last line of the run that one of them ended, say so again?"""
+    lines = [line for line in read_metrics(path) if line["step"] <= run.step]
+    return not (hooks and lines) or any([hook(run, lines[-1]) for hook in hooks])
 
 
 def _take_steps(run, metrics, hooks):

@@ -7,11 +7,14 @@ from dataclasses import asdict, replace
 
 import torch
 
-from mamba_fast.config import MambaConfig
+from mamba_fast.checkpoint_config import config_of
+from mamba_fast.checkpoint_files import CheckpointError
 from mamba_fast.init import param_groups
 from mamba_fast.model import MambaLMHeadModel
+from mamba_fast.ops.selective_scan import explain_backend
 from mamba_fast.train.checkpoint import random_states, set_random_states
 from mamba_fast.train.config import DATA, ConfigError
+from mamba_fast.train.data import DataError
 from mamba_fast.train.parallel import Processes
 
 
@@ -27,16 +30,17 @@ class Run:
     """
 
     def __init__(self, config, model=None, data=None, processes=None):
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device, self.processes = device_of(config.device), processes or Processes()
+        device = str(self.device)
         self.config = config = replace(config, device=device)
-        self.device, self.processes = torch.device(device), processes or Processes()
         if config.graph and self.device.type != "cuda":
             raise ConfigError(f"graph: needs an NVIDIA GPU, got device {device!r}")
         if config.graph and processes:
             raise ConfigError(f"graph: expected false with several processes, got true on {processes.ranks}")
+        check_machine(self.device, config.backend)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
-        self.data = DATA[config.task](config, **config.data) if data is None else data
+        self.data = data_of(config) if data is None else data
         self.model = (model_of(config, self.data.vocab_size) if model is None else model).to(device)
         options = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
         if config.backend:
@@ -136,9 +140,43 @@ class Run:
             group["lr"] = self._lr_place if on_gpu else self.lr
 
 
+def device_of(name):
+    """The torch.device of that name; "" is the GPU if there is one. ConfigError if it is no name of one."""
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"device: expected cpu, cuda or a number as in cuda:1, got {name!r}") from None
+
+
+def check_machine(device, backend):
+    """ConfigError if the device is not there, or the backend of the scan ("" for any) cannot run on it."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: got {str(device)!r}, and PyTorch finds {torch.cuda.device_count()} NVIDIA GPUs"
+        )
+    u = torch.empty(1, 1, 1, device=device)
+    try:
+        explain_backend(u, u, u[0], backend=backend or None)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def data_of(config):
+    """The data that a :class:`TrainConfig` describes."""
+    try:
+        return DATA[config.task](config, **config.data)
+    except DataError:
+        raise
+    except ValueError as error:  # sizes of a task that cannot be
+        raise ConfigError(f"{config.task}: {error}") from None
+
+
 def model_of(config, vocab_size):
     """The language model of a :class:`TrainConfig` on the CPU, for data of `vocab_size` tokens."""
-    shape = MambaConfig(**({"vocab_size": vocab_size} | config.model))
+    try:
+        shape = config_of({"vocab_size": vocab_size} | config.model, "model")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     if shape.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size: expected at least the data's {vocab_size}, got {shape.vocab_size}"

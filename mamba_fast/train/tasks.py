@@ -110,6 +110,7 @@ def induction_data(config, vocab_size=16, max_prefix=None):
     def draw(batch, **at):
         return induction_heads(batch, config.seqlen, vocab_size, max_prefix, **at)
 
+    draw(0)  # sizes that cannot be are an error before anything starts
     return Generated(draw, config.batch_size, vocab_size, config.seed, config.device)
 
 
@@ -119,4 +120,5 @@ def copying_data(config, vocab_size=16, n_tokens=16):
     def draw(batch, **at):
         return selective_copying(batch, config.seqlen, n_tokens, vocab_size, **at)
 
+    draw(0)
     return Generated(draw, config.batch_size, vocab_size, config.seed, config.device)

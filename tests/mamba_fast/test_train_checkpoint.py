@@ -69,6 +69,19 @@ def test_one_wrong_byte_is_noticed(folder):
         check_state(checkpoint.load_latest(folder)[1], 2)
 
 
+def test_a_wrong_byte_anywhere_is_refused_or_does_no_harm(folder):
+    """Names, sizes and flags at both ends of the file, which no checksum covers."""
+    path = folder / "step-00000030.pt"
+    data, refused = path.read_bytes(), 0
+    for place in [*range(0, 200), *range(len(data) - 900, len(data))]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        try:
+            check_state(checkpoint.load(path), 30)
+        except CheckpointError as error:
+            refused += "step-00000030.pt" in str(error)
+    assert 300 < refused < 1100
+
+
 def test_no_whole_one_is_an_error_that_names_each(folder):
     for path in folder.iterdir():
         path.write_bytes(b"PK")

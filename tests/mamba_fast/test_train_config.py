@@ -2,15 +2,18 @@
 
 import inspect
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from train_inputs import tiny, write_texts
 
 from mamba_fast import MambaConfig, MambaLMHeadModel
 from mamba_fast.train import ConfigError, Run, TrainConfig, load_config
-from mamba_fast.train.__main__ import parse
-from mamba_fast.train.config import packaged
+from mamba_fast.train.__main__ import main, parse
+from mamba_fast.train.config import CHOICES, TEXTS, packaged
+from mamba_fast.train.data import text_data
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,12 @@ from mamba_fast.train.config import packaged
         ({"dtype": "half"}, "dtype: expected one of .*'float16'.*, got 'half'"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"lr": float("nan")}, "lr: expected at least 0, got nan"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"betas": "[0.9]"}, r"betas: expected two numbers from 0 up to 1, got \[0\.9\]"),
+        ({"betas": "[0.9, 1.0]"}, r"betas: expected two numbers from 0 up to 1, got \[0\.9, 1\.0\]"),
+        ({"data.validation": "half"}, r"data\.validation: expected float, got 'half'"),
+        ({"data.folder": Path("x")}, r"data\.folder: expected str, got .*Path\('x'\)"),
+        ({"task": "induction", "data.max_prefix": "far"}, r"data\.max_prefix: expected int, got 'far'"),
         ({"graph": True}, "graph: expected a task of .*, got 'text'"),
         ({"graph": True, "task": "copying", "dtype": "float16"}, "graph: expected dtype .* got 'float16'"),
     ],
@@ -51,6 +60,11 @@ def test_errors_name_the_file(tmp_path):
         load_config(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="nothing: no such file, and none of the package's: bytes, copying"):
         load_config("nothing")
+    (tmp_path / "latin.toml").write_bytes(b'out = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin\.toml: .*can't decode byte 0xe9"):
+        load_config(tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match=f"{tmp_path.name}: expected a TOML file: "):
+        load_config(tmp_path)
 
 
 def test_a_file_and_flags_make_one_configuration(tmp_path):
@@ -63,6 +77,49 @@ def test_a_file_and_flags_make_one_configuration(tmp_path):
     assert config.model == {"d_model": 8, "n_layer": 2}
     assert (config.data, config.betas) == ({"files": "*.md"}, [0.5, 0.6])
     assert load_config(None, {}) == TrainConfig()
+
+
+def test_where_a_text_is_wanted_a_number_is_one():
+    config = load_config(None, {"out": "2024", "data.folder": "1e3", "data.files": "'*.md'", "steps": "7"})
+    assert (config.out, config.data, config.steps) == ("2024", {"folder": "1e3", "files": "*.md"}, 7)
+    strings = {k.name for k in fields(TrainConfig) if k.type is str}
+    options = inspect.signature(text_data).parameters.values()
+    strings |= {f"data.{p.name}" for p in options if isinstance(p.default, str)}
+    assert strings == set(TEXTS) | set(CHOICES)  # a choice is none of TOML's values
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": {"d_model": "wide"}}, "model: d_model: expected int, got 'wide'"),
+        ({"model": {"d_model": 0}}, "model: d_model: expected a whole number from 1 to .*, got 0"),
+        ({"model": {"ssm_cfg": {"d_sate": 3}}}, "model: ssm_cfg: d_sate: not a keyword of Mamba"),
+        ({"device": "gpu"}, "device: expected cpu, cuda or a number as in cuda:1, got 'gpu'"),
+        ({"device": "cuda:99"}, r"device: got 'cuda:99', and PyTorch finds \d+ NVIDIA GPUs"),
+        ({"backend": "cuda"}, "backend: 'cuda' cannot take this call: it needs an NVIDIA GPU"),
+        ({"task": "induction", "seqlen": 2}, "induction: seqlen: got 2; accepted: 3 or more"),
+        ({"task": "copying", "data": {"n_tokens": 0}}, "copying: n_tokens: got 0; accepted: 1 to seqlen"),
+    ],
+)
+def test_what_cannot_run_is_an_error_before_anything_starts(tmp_path, changes, message):
+    write_texts(tmp_path / "texts")
+    with pytest.raises(ConfigError, match=message):
+        Run(tiny(tmp_path, **changes))
+
+
+def test_the_command_says_in_a_line_what_is_wrong_and_how_it_ended(tmp_path, capsys):
+    write_texts(tmp_path / "texts")
+    (tmp_path / "file").write_text("")
+    settings = ["--device", "cpu", "--backend", "torch", "--seqlen", "24", "--steps", "2", "--log-every", "1"]
+    settings += ["--set", "model.d_model=8", "model.n_layer=1", f"data.folder={tmp_path / 'texts'}"]
+    for wrong, message in (
+        (["--out", f"{tmp_path / 'file'}"], "Not a directory|exists"),
+        (["--set", "data.folder="], "data.folder: expected a folder of text files, got ''"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*settings, *wrong])
+    main([*settings, "--out", f"{tmp_path / 'run'}", "--lr", "inf"])
+    assert re.fullmatch(r"2 steps, \d+ s, loss not finite: .*curve\.png\n", capsys.readouterr().out)
 
 
 def test_every_setting_is_documented():

@@ -51,7 +51,11 @@ def test_tokens_are_those_of_a_tokenizers_file(tmp_path, texts):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator([t.decode() for t in texts.values()], trainer)
     file = str(tmp_path / "tokenizer.json")
+    model.enable_truncation(7)  # of rows for some model: documents stay whole
+    model.enable_padding(length=999)
     model.save(file)
+    model.no_truncation()
+    model.no_padding()
     corpus = corpus_of(tmp_path / "texts", "part0/*.txt", file, tmp_path / "cache")
     assert (corpus.tokens.dtype, corpus.vocab_size) == (np.uint16, model.get_vocab_size())
     assert len(corpus.tokens) < sum(len(t) for n, t in texts.items() if n.startswith("part0/")) / 2
@@ -69,6 +73,20 @@ def test_tokens_are_made_once_and_again_when_a_file_changes(tmp_path, corpus, te
     changed = corpus_of(tmp_path / "texts", cache=tmp_path / "cache")
     assert changed.digest != corpus.digest
     assert len(changed.tokens) == len(corpus.tokens) + 1
+
+
+def test_what_a_run_writes_is_no_document(tmp_path, texts):
+    """A folder may hold its run: the second start reads what the first one read."""
+    out = tmp_path / "texts" / "run"
+    before = corpus_of(tmp_path / "texts", cache=tmp_path / "cache")
+    for name in ("checkpoints/step-00000001.pt", "model/config.json", "metrics.jsonl", "curve.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("x")
+    for _ in range(2):  # the second finds the tokens of the first below `out`
+        again = corpus_of(tmp_path / "texts", cache=out / "tokens", out=out)
+        assert again.digest == before.digest
+    (out / "notes.txt").write_text("x")
+    assert corpus_of(tmp_path / "texts", cache=out / "tokens", out=out).digest != before.digest
 
 
 def test_rows_hold_every_token_once_with_the_next_one_as_label(corpus):
@@ -151,6 +169,8 @@ def test_validation_is_never_trained_on(corpus):
     [
         ("nowhere", "**/*", "data.folder: expected a folder of text files, got '.*nowhere'"),
         ("texts", "*.md", r"data.files: no file in .*texts matches '\*.md'"),
+        ("texts", "/etc/*", r"data.files: expected a pattern as '\*\*/\*.txt', got '/etc/\*'"),
+        ("texts", "", r"data.files: expected a pattern as '\*\*/\*.txt', got ''"),
     ],
 )
 def test_errors_name_the_folder(tmp_path, texts, folder, files, message):
@@ -166,6 +186,12 @@ def test_errors_name_the_file_and_the_sizes(tmp_path, corpus):
     (tmp_path / "bad" / "latin.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(DataError, match=r"latin\.txt: is not UTF-8"):
         corpus_of(tmp_path / "bad", tokenizer=str(tmp_path / "words.json"), cache=tmp_path / "cache")
+    for file, message in (("none.json", "expected a file of the tokenizers library, got .*none.json"),
+                          ("bad/latin.txt", "latin.txt is no file of the tokenizers library")):  # fmt: skip
+        with pytest.raises(DataError, match=rf"data\.tokenizer: .*{message}"):
+            corpus_of(tmp_path / "texts", tokenizer=str(tmp_path / file), cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"data\.folder: expected a folder of text files, got ''"):
+        corpus_of("", cache=tmp_path / "cache")
     with pytest.raises(DataError, match="fewer than one row: seqlen = 100000"):
         TextData(corpus, 1, 100000, 0, "cpu")
     with pytest.raises(DataError, match=r"data\.validation: 1 tokens held out, fewer than one row"):

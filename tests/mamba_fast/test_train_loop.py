@@ -1,10 +1,11 @@
 """What one step does, and what a run leaves behind."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from train_inputs import tiny, write_texts
+from train_inputs import tiny, untimed, write_texts
 
 from mamba_fast import MambaLMHeadModel
 from mamba_fast.train import Processes, Run, evaluate, train
@@ -167,6 +168,24 @@ def test_a_hook_adds_to_the_metrics_and_ends_the_run(tmp_path):
     assert result.step == 4
     assert [line.get("longer") for line in read_metrics(result.out / "metrics.jsonl")] == [None, 4, None, 8]
     assert train(config).step == 4  # it has ended, and is not taken up again
+
+
+def test_a_run_that_a_hook_ended_goes_on_when_the_hooks_want_more(tmp_path):
+    """As one whose time was over, given more time: to the bit the run that was never ended."""
+    config = tiny(tmp_path, task="induction", eval_every=2, steps=50)
+    asked = []
+
+    def until(step):
+        return lambda run, line: asked.append((run.step, line["step"])) or run.step >= step
+
+    for step, reached in ((4, 4), (4, 4), (8, 8)):
+        result = train(config, hooks=[until(step)])
+        assert result.step == reached
+    assert asked == [(2, 2), (4, 4), (4, 4), (4, 4), (6, 6), (8, 8)]
+    at_once = train(replace(config, out=str(tmp_path / "other")), hooks=[until(8)])
+    for a, b in zip(result.model.parameters(), at_once.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [untimed(line) for line in result.metrics] == [untimed(line) for line in at_once.metrics]
 
 
 def test_evaluation_counts_the_labels_that_count(tmp_path):
