@@ -70,6 +70,10 @@ def _sampling(do_sample=None, temperature=0.0, **filters):
     unknown = sorted(filters.keys() - {"top_k", "top_p", "min_p", "repetition_penalty"})
     if unknown:
         raise ValueError(f"gen_kwargs: mamba_fast does not take {', '.join(unknown)}")
+    if do_sample and not temperature:  # lm-eval's default is 0; its "hf" refuses it too
+        raise ValueError(
+            f"gen_kwargs: do_sample = True expects a temperature above 0, got temperature = {temperature}"
+        )
     if do_sample is False or not temperature:
         return filters | {"top_k": 1}
     return {"top_k": 50, "temperature": temperature} | filters

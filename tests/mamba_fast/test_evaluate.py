@@ -214,6 +214,8 @@ def test_sampled_text_is_reproduced_by_a_seed(place):
     kwargs = {"do_sample": True, "temperature": 0.9, "top_p": 0.9}
     assert sample(1, **kwargs) == sample(1, **kwargs) != sample(2, **kwargs)
     assert sample(1) == sample(2) == sample(2, do_sample=False, temperature=0.7)
+    with pytest.raises(ValueError, match="gen_kwargs: do_sample = True expects a temperature above 0, got"):
+        sample(1, do_sample=True)
     with pytest.raises(ValueError, match="gen_kwargs: mamba_fast does not take num_beams"):
         sample(1, num_beams=3)
 
