@@ -1,5 +1,6 @@
 """The training loop: steps, a line of metrics now and then, checkpoints, a curve at the end."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +40,8 @@ def train(config, *, model=None, data=None, hooks=(), processes=None):
     processes : ``processes_of(config)`` where several of torch.distributed share the steps. All of them call
         this, and read the checkpoint; rank 0 alone writes.
 
-    In config.out: checkpoints/, metrics.jsonl, curve.png, and model/ when the run has ended. It can be
-    killed at any moment; started again it takes the same steps to the bit.
+    In config.out: checkpoints/, metrics.jsonl, curve.png, and model/, with the tokenizers file of the text,
+    when the run has ended. It can be killed at any moment; started again it takes the same steps to the bit.
     """
     with repeatable(config.deterministic):
         run = Run(config, model, data, processes)
@@ -59,6 +60,8 @@ def train(config, *, model=None, data=None, hooks=(), processes=None):
         draw_curve(metrics.lines, out / "curve.png")
         if isinstance(whole, MambaLMHeadModel):
             whole.save_pretrained(out / "model")
+            if config.data.get("tokenizer"):
+                shutil.copyfile(config.data["tokenizer"], out / "model" / "tokenizer.json")
     return Result(run.model, run.step, metrics.lines if metrics else [], run.seconds, out)
 
 

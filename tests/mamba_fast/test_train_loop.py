@@ -158,6 +158,17 @@ def test_a_run_leaves_metrics_a_curve_and_a_model(tmp_path, texts):
     assert result.step == 7
 
 
+def test_the_tokenizers_file_stands_beside_the_model(tmp_path, texts):
+    tokenizers, transformers = (pytest.importorskip(name) for name in ("tokenizers", "transformers"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"scan": 0, "?": 1, "gate": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    data = {"folder": str(tmp_path / "texts"), "tokenizer": str(tmp_path / "words.json")}
+    result = train(tiny(tmp_path, data=data, steps=1, seqlen=8))
+    found = transformers.AutoTokenizer.from_pretrained(result.out / "model")
+    assert found("gate scan").input_ids == [2, 0]
+
+
 def test_a_hook_adds_to_the_metrics_and_ends_the_run(tmp_path):
     def hook(run, line):
         line["longer"] = run.step * 2
