@@ -10,7 +10,7 @@ import pytest
 from train_inputs import tiny, write_texts
 
 from mamba_fast import MambaConfig, MambaLMHeadModel
-from mamba_fast.train import ConfigError, Run, TrainConfig, load_config
+from mamba_fast.train import ConfigError, DataError, Run, TrainConfig, load_config
 from mamba_fast.train.__main__ import main, parse
 from mamba_fast.train.config import CHOICES, TEXTS, packaged
 from mamba_fast.train.data import text_data
@@ -162,6 +162,16 @@ def test_the_packaged_settings_are_the_papers():
     induction.graph = False
     sizes = sum(p.numel() for p in Run(induction).model.parameters())
     assert round(sizes, -3) == 74_000
+
+
+def test_bytes_are_those_of_any_folder(tmp_path):
+    """The command of README.md: what the files are called does not matter."""
+    write_texts(tmp_path / "texts", documents=40)
+    options = parse(["bytes", "--device", "cpu", "--set", f"data.folder={tmp_path / 'texts'}", "seqlen=64"])
+    config = load_config(options.config, options.changes | {"out": str(tmp_path / "run")})
+    assert Run(config).data.train.count > 10
+    with pytest.raises(DataError, match=r"data\.folder: expected a folder of text files, got ''"):
+        Run(load_config("bytes", {"out": str(tmp_path / "run"), "device": "cpu"}))
 
 
 def test_the_vocabulary_is_the_datas_and_not_smaller(tmp_path):
