@@ -10,6 +10,8 @@ from mamba_fast.bench.report import machine, write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
+if not RESULTS.is_dir():  # the package is installed, and this is no checkout: here, and not beside packages
+    RESULTS = Path("docs", "results")
 OURS, PAPER = "#009E73", "#D55E00"  # in every figure: what was measured here, and the paper's numbers
 OTHERS = ("#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
 

@@ -175,6 +175,14 @@ def test_horizons_are_compared_as_products():
     assert precision.horizon_error(exact, near) == pytest.approx(np.expm1(0.1), rel=1e-6)
 
 
+def test_an_installed_package_writes_to_where_it_is_called(tmp_path):
+    copy = tmp_path / "mamba_fast" / "reproduce" / "report.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(Path(report.__file__).read_bytes())
+    assert runpy.run_path(str(copy))["RESULTS"] == Path("docs", "results")
+    assert report.RESULTS == RESULTS
+
+
 def test_memory_needs_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="memory: needs an NVIDIA GPU, got device 'cpu'"):
