@@ -1,8 +1,8 @@
 """Prompts as CUDA graphs: a short prompt costs its host more than its GPU, and a graph spares the host.
 
 A graph has one length. So prompts are padded on the left up to the next of a few lengths, which by the rules
-of attention_mask changes nothing; what is longer than the longest is read piece by piece. Of many rows the
-padding costs the GPU more than a graph saves: there lengths are closer to each other.
+of attention_mask changes nothing; what is longer than the longest is read piece by piece. The padding
+of many rows is work for a GPU that is busy: there lengths are closer to each other.
 """
 
 import torch
