@@ -26,8 +26,12 @@ PACKINGS = {
     "seq_idx": lambda length: {"seq_idx": torch.arange(length)[None] // 700},
     "cu_seqlens": lambda length: {"cu_seqlens": torch.tensor([0, length // 3, length])},
 }
-# (channels, tokens) that take every row of the table in cuda_plan, the last one cut into stretches
-SIZES = ((8192, 2048), (4096, 2048), (1536, 4096), (512, 1024), (4, 40000))
+SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KB a block may have
+# (channels, tokens) that take every row of the tables in cuda_plan, the last one cut into stretches
+SIZES = (
+    (12288, 2048), (6144, 2048), (3072, 2048), (1536, 2048), (1024, 1024), (512, 2048), (256, 2048),
+    (128, 2048), (512, 600), (512, 256), (512, 100), (4, 40000),
+)  # fmt: skip
 
 
 class Noted:
@@ -66,7 +70,8 @@ def note_calls(dtype, d_state, packing, channels, seqlen):
     args = args._replace(seq=extra.seq, varlen=extra.varlen, rows=extra.rows)
     y, last, states = cuda_scan.forward(*args, True)
     *tensors, state, seq, softplus, varlen, rows = args
-    cuda_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, False)
+    for ordered in (False, True):
+        cuda_scan.backward(y, last, *tensors, seq, softplus, varlen, rows, states, state, ordered)
 
 
 def cases():
@@ -78,35 +83,40 @@ def cases():
 
 def cases_of_one_architecture():
     for dtype in (torch.float32, torch.bfloat16):
-        yield dtype, 16, "seq_idx", 8192, 2048
+        for channels, seqlen in SIZES:
+            yield dtype, 16, "seq_idx", channels, seqlen
+            yield dtype, 16, "cu_seqlens", channels, seqlen
         for d_state in (1, 8, 64, 256):
             yield dtype, d_state, "none", 8192, 2048
     yield torch.float16, 16, "none", 8192, 2048
+
+
+def compile_calls(case, arch, compiled):
+    """A line for each kernel of the calls of a case, as a chip of that architecture makes them."""
+    cuda_plan.shared_limit = lambda device: SHARED[arch] * 1024
+    Noted.calls.clear()
+    cuda_scan._forward_calls.cache_clear()
+    cuda_scan._backward_calls.cache_clear()
+    note_calls(*case)
+    for key, (sources, defines, entry, shared) in Noted.calls.items():
+        if (key, arch) not in compiled:
+            cubin = nvrtc.compile_cubin(sources, defines, f"sm_{arch}")
+            compiled[key, arch] = registers_and_spills(cubin)[entry]
+        names = ("lanes", "steps") if entry != "scan_chain" else ()
+        label = {"arch": arch, "kernel": entry} | {k: defines[k.upper()] for k in names}
+        label |= {"dtype": str(case[0]).removeprefix("torch."), "d_state": case[1], "packing": case[2]}
+        print(json.dumps(label | compiled[key, arch] | {"sram": shared}), flush=True)
 
 
 def main(architectures):
     nvrtc.Kernel = Noted
     cuda_plan.multiprocessors = lambda device: 132
     compiled = {}  # where sizes differ and macros do not, the kernel is the same
-    everywhere = [(case, architectures) for case in cases()]
-    for case, wanted in (*everywhere, *((case, architectures[1:2]) for case in cases_of_one_architecture())):
-        Noted.calls.clear()
-        cuda_scan._forward_calls.cache_clear()
-        cuda_scan._backward_calls.cache_clear()
-        note_calls(*case)
-        for key, (sources, defines, entry, shared) in Noted.calls.items():
-            for arch in wanted:
-                if (key, arch) not in compiled:
-                    cubin = nvrtc.compile_cubin(sources, defines, f"sm_{arch}")
-                    compiled[key, arch] = registers_and_spills(cubin)[entry]
-                names = ("lanes", "steps") if entry != "scan_chain" else ()
-                label = {"arch": arch, "kernel": entry} | {k: defines[k.upper()] for k in names}
-                label |= {
-                    "dtype": str(case[0]).removeprefix("torch."),
-                    "d_state": case[1],
-                    "packing": case[2],
-                }
-                print(json.dumps(label | compiled[key, arch] | {"sram": shared}), flush=True)
+    for arch in architectures:
+        for case in cases():
+            compile_calls(case, arch, compiled)
+    for case in cases_of_one_architecture():
+        compile_calls(case, architectures[1:2][0], compiled)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,13 @@ static void finish() {
 static void __syncthreads() { wait_for(2); }
 static void __syncwarp() { wait_for(1); }
 // What the lane `from` gave; its own value where `from` is outside the warp.
-static float exchange(float v, int from) {
+static uint32 __shfl_sync(uint32, uint32 v, int from) {
   int me = threadIdx.x, parity = fibers[me].round++ & 1, base = me / 32 * 32;
-  mailbox[parity][me] = __float_as_uint(v);
+  mailbox[parity][me] = v;
   wait_for(1);
-  return from < 0 || from > 31 ? v : __uint_as_float(mailbox[parity][base + from]);
+  return from < 0 || from > 31 ? v : mailbox[parity][base + from];
 }
+static float exchange(float v, int from) { return __uint_as_float(__shfl_sync(~0u, __float_as_uint(v), from)); }
 static float __shfl_up_sync(uint32, float v, int hop) { return exchange(v, threadIdx.x % 32 - hop); }
 static float __shfl_down_sync(uint32, float v, int hop) { return exchange(v, threadIdx.x % 32 + hop); }
 static float __shfl_xor_sync(uint32, float v, int mask) { return exchange(v, threadIdx.x % 32 ^ mask); }
@@ -76,6 +77,7 @@ static uint32 __ballot_sync(uint32, bool v) {
   for (int i = 0; i < 32; i++) all |= mailbox[parity][base + i] << i;
   return all;
 }
+static int __ffs(uint32 v) { return __builtin_ffs(v); }
 static bool __any_sync(uint32 m, bool v) { return __ballot_sync(m, v) != 0; }
 static void atomicAdd(float* to, float v) { *to += v; }
 

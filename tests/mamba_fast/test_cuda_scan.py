@@ -16,7 +16,8 @@ DEVICE = device_of("cuda")
 SEQ_IDX = torch.cat(
     [torch.zeros(300), torch.ones(1), torch.full((127,), 2.0), torch.full((900,), 3.0)]
 ).long()
-FEW = (8, 16, 2048, 4, 1)  # 8 lanes of 16 tokens: tiles of 128
+FEW = (8, 16, 4, 1, 2048, 4, 1)  # 8 lanes of 16 tokens: tiles of 128
+PLAIN = (8, 8, 4, 1, 1024, 4, 1)  # the backward's with every warp on channels of its own
 CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
 
 
@@ -26,9 +27,10 @@ def cut(monkeypatch):
 
     def prescribe(forward, backward, stretched=False):
         stretches = (10**6 if stretched else 0, 10**6)
-        for name, kind in (("cut_forward", forward), ("cut_backward", backward)):
+        for name, kind in {"cut_forward": forward, "cut_backward": backward, "cut_ordered": PLAIN}.items():
+            kind = (*kind, stretches)
             monkeypatch.setattr(
-                cuda_plan, name, lambda *size, kind=(*kind, stretches): cuda_plan._cut(*kind, *size)
+                cuda_plan, name, lambda size, *_, kind=kind, **__: cuda_plan._cut(*kind, *size)
             )
         forget()
 
@@ -42,8 +44,22 @@ def cut(monkeypatch):
 
 
 # Lanes, steps and the rest of every row of the tables in cuda_plan, and some beside them.
-FORWARD = sorted({*cuda_plan.FORWARD.values(), (8, 16, 2048, 4, 1), (16, 16, 2048, 3, 2), (8, 8, 512, 8, 1)})
-BACKWARD = [cuda_plan.BACKWARD, (8, 8, 512, 4, 1), (8, 8, 1024, 3, 2)]
+FORWARD = sorted(
+    {
+        *cuda_plan.FORWARD.values(),
+        FEW,
+        (16, 16, 4, 1, 2048, 3, 2),
+        (8, 8, 4, 1, 512, 8, 1),
+        (8, 16, 8, 8, 2048, 2, 1),
+        (8, 8, 4, 2, 512, 4, 2),
+    }
+)
+BACKWARD = [
+    *dict.fromkeys(cuda_plan.BACKWARD.values()),
+    (8, 8, 4, 1, 512, 4, 1),
+    (8, 8, 4, 1, 1024, 3, 2),
+    (8, 8, 4, 2, 512, 3, 1),
+]
 KINDS = [
     (FORWARD[k % len(FORWARD)], BACKWARD[k % len(BACKWARD)]) for k in range(max(len(FORWARD), len(BACKWARD)))
 ]
@@ -56,20 +72,58 @@ def test_every_cut_of_a_warp(cut, kinds, dtype):
     check_agrees(scan_inputs(1, 2, 19, 600, 3), "cuda", dtype, DEVICE)
 
 
-@pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
-@pytest.mark.parametrize("B, C", [("variable", "grouped"), ("constant", "variable")])
-def test_a_sequence_cut_into_stretches(cut, packing, B, C):
-    cut(FEW, cuda_plan.BACKWARD, stretched=True)
-    inputs = scan_inputs(2, 1, 6, 1328, 2, B=B, C=C, initial_state=False)
-    rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else 1
-    inputs["initial_state"] = torch.randn(rows, 6, 2).double()
-    assert cuda_plan.cut_forward(1, 6, 1328, 3, torch.device(DEVICE)).stretches > 1
+@pytest.mark.parametrize("A", [0.0, 0.4, -1e-25])
+def test_a_state_that_does_not_decay_ends_with_its_packed_sequence(A):
+    """The kernel's short way to end a sequence, a decay of zero, is not there for such an A."""
+    inputs = scan_inputs(7, 1, 6, 300, 3, initial_state=False)
+    inputs["A"][1:4] = A
+    check_agrees(inputs, "cuda", device=DEVICE, packing={"seq_idx": SEQ_IDX[None, 200:500]})
+
+
+@pytest.mark.parametrize("token", [3, 90])
+def test_an_infinite_state_ends_with_its_packed_sequence(token):
+    inputs = at_precision(scan_inputs(8, 1, 6, 300, 2, initial_state=False), torch.float32, DEVICE)
+    seq_idx = SEQ_IDX[None, 200:500].to(DEVICE)
+    clean = selective_scan_fn(**inputs, backend="cuda", seq_idx=seq_idx)
+    inputs["u"][0, 1, token] = torch.inf
+    y = selective_scan_fn(**inputs, backend="cuda", seq_idx=seq_idx)
+    assert not y[0, 1, token:100].isfinite().any()
+    assert torch.equal(y[..., 100:], clean[..., 100:])
+
+
+def test_some_of_the_states_at_a_time(cut):
+    """As many threads as there are states, and rows of B and C for half of them in shared memory."""
+    cut((8, 8, 4, 1, 512, 4, 1), (8, 8, 4, 1, 512, 4, 1))
+    check_agrees(scan_inputs(6, 2, 5, 200, 16), "cuda", device=DEVICE)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("packing", [{"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
+def test_every_cut_of_packed_rows(cut, kinds, packing):
+    """A sequence that starts in the tile of one warp is none of the others' business, and yet it is."""
+    cut(*kinds)
+    inputs = scan_inputs(5, 1, 5, 1328, 2, initial_state=False)
+    if "cu_seqlens" in packing:
+        inputs["initial_state"] = torch.randn(len(CU_SEQLENS) - 1, 5, 2).double()
     check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
 
 
+@pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
+@pytest.mark.parametrize("B, C", [("variable", "grouped"), ("constant", "variable")])
+def test_a_sequence_cut_into_stretches(cut, packing, B, C):
+    cut(FEW, PLAIN, stretched=True)
+    inputs = scan_inputs(2, 1, 6, 1328, 2, B=B, C=C, initial_state=False)
+    rows = len(CU_SEQLENS) - 1 if "cu_seqlens" in packing else 1
+    inputs["initial_state"] = torch.randn(rows, 6, 2).double()
+    assert cuda_plan.cut_forward((1, 6, 1328, 3, torch.device(DEVICE))).stretches > 1
+    check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(cuda_plan.ORDERED.values()))
 @pytest.mark.parametrize("groups", [1, 2])
-def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups):
-    cut(FEW, cuda_plan.BACKWARD)
+def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups, kind):
+    cut(FEW, PLAIN)
+    monkeypatch.setattr(cuda_plan, "cut_ordered", lambda size, _: cuda_plan._cut(*kind, (0, 0), *size))
     monkeypatch.setattr(cuda_plan, "passes", lambda *args: 3)
     inputs = scan_inputs(3, 2, 70, 40, 2, groups=groups)
 
@@ -100,15 +154,26 @@ def test_few_and_many_states(d_state):
 
 
 @pytest.mark.parametrize(
-    "rows, forward, backward", [(256, True, True), (1024, False, True), (8192, False, False)]
+    "rows, forward, backward", [(64, True, True), (1024, False, True), (8192, False, False)]
 )
 def test_few_rows_are_cut_into_stretches(monkeypatch, cut, rows, forward, backward):
     """On a chip of 132 multiprocessors; the backward has more to gain from more warps."""
     monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 132)
     cuda_plan._cut.cache_clear()
     size = (1, rows, 16384, rows, torch.device("cpu"))
-    assert (cuda_plan.cut_forward(*size).stretches > 1) == forward
-    assert (cuda_plan.cut_backward(*size).stretches > 1) == backward
+    assert (cuda_plan.cut_forward(size).stretches > 1) == forward
+    assert (cuda_plan.cut_backward(size).stretches > 1) == backward
+
+
+@pytest.mark.parametrize("rows, seqlen", [(128, 4096), (384, 2048), (1024, 1024), (24576, 2048)])
+def test_a_chip_with_less_shared_memory_gets_smaller_blocks(monkeypatch, cut, rows, seqlen):
+    cpu = torch.device("cpu")
+    size = (1, rows, seqlen, rows, cpu)
+    cuts = cuda_plan.cut_forward, cuda_plan.cut_backward, cuda_plan.cut_ordered
+    assert max(choose(size).warps for choose in cuts) > 4
+    monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: 99 * 1024)
+    for choose in cuts:
+        assert choose(size).warps == 4
 
 
 def test_too_many_states_are_refused_by_name():
@@ -141,10 +206,10 @@ def test_strides_of_more_than_31_bits(monkeypatch):
 
 def test_less_shared_memory_gives_the_same_result(cut, monkeypatch):
     """As on GPUs that give a block less than 100 KB: fewer rows of B and C at a time."""
-    cut(FEW, cuda_plan.BACKWARD)
+    cut(FEW, PLAIN)
     inputs = at_precision(scan_inputs(7, 1, 6, 200, 16), torch.float32, DEVICE)
     want = selective_scan_fn(**inputs, backend="cuda")
-    cut(FEW, cuda_plan.BACKWARD)
+    cut(FEW, PLAIN)
     monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: 48 * 1024)
     got = selective_scan_fn(**inputs, backend="cuda")
     assert errors(got, want)[1] == 0

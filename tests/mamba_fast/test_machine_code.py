@@ -58,7 +58,7 @@ def test_of_two_loops_the_inner_one_is_counted(loop):
 def test_the_forward_scan_takes_the_work_that_its_page_counts(rows):
     """docs/kernels.md: one exponential and five float32 instructions an update, and the scan over lanes."""
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    cut = cuda_plan.cut_forward(1, rows, 2048, rows, cpu)
+    cut = cuda_plan.cut_forward((1, rows, 2048, rows, cpu))
     u, B = torch.empty(1, rows, 2048, device=meta), torch.empty(1, 1, 16, 2048, device=meta)
     macros = cuda_plan.defines(
         cut, torch.bfloat16, 16, B, B, u, True, False, True, False, wide=(True, True, True)

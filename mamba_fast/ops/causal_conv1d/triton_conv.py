@@ -30,7 +30,8 @@ class Blocks(NamedTuple):
     """Numbers of a tile: channels times groups (rows), or times stretches of time (columns).
 
     Rows: a group is `steps` steps. Columns: a tile has `block_d` channels, a stretch `run` steps, and
-    `steps` of them are read at a time. `programs` run side by side on a multiprocessor.
+    `steps` of them are read at a time. `programs` run side by side on a multiprocessor; with none a program
+    of rows has `run` tiles.
     """
 
     tile: int
@@ -45,8 +46,10 @@ BLOCKS = {
     "forward_rows": Blocks(tile=256, steps=8, warps=4, programs=0),
     "forward_columns": Blocks(tile=512, steps=8, warps=4, programs=8, block_d=128, run=32),
     "backward_rows": Blocks(tile=64, steps=16, warps=2, programs=8),
+    "backward_long_rows": Blocks(tile=32, steps=16, warps=1, programs=0, run=8),
     "backward_columns": Blocks(tile=256, steps=4, warps=4, programs=7, block_d=128, run=64),
 }
+_LONG = 32 if interpreted() else 8192  # steps: many more programs than have a place at the same time
 if interpreted():  # small tiles and few programs, so that short sequences have several of both
     BLOCKS = {
         name: b._replace(tile=8, programs=min(b.programs, 2))
@@ -81,6 +84,8 @@ def _plan(x, direction, device, *others):
     strides = x.strides
     columns = _has_columns(x.shape, strides)
     table = BLOCKS[f"{direction}_{'columns' if columns else 'rows'}"]
+    if not columns and seqlen > _LONG:
+        table = BLOCKS.get(f"{direction}_long_rows", table)
     together = table.programs * multiprocessors(torch.empty(0, device=device))
     width = 16 // x.dtype.itemsize  # numbers in the widest access of a thread
     if columns:
@@ -102,7 +107,7 @@ def _plan_rows(x, table, together, vec, unit):
     block_g = min(table.tile, _power_of_2(-(-seqlen // steps)))
     block_d = max(table.block_d, min(table.tile // block_g, _power_of_2(channels)))
     tiles, blocks = -(-seqlen // (block_g * steps)), -(-channels // block_d)
-    share = max(1, batch * tiles * blocks // together) if together else 1
+    share = max(1, batch * tiles * blocks // together) if together else table.run
     parts = -(-tiles // min(share, tiles))
     run, rows = -(-tiles // parts), max(1, share // tiles)
     tiles, rows = -(-tiles // run), -(-batch // -(-batch // rows))

@@ -14,9 +14,12 @@ import triton.language as tl
 from mamba_fast.ops.rooms import multiprocessors, on_device_of
 from mamba_fast.ops.triton_launch import Launch, looks, named
 
-_FORWARD_TILE, _BACKWARD_TILE = 2048, 4096  # numbers a program, if more than one row fits
-_FORWARD_THREAD, _BACKWARD_THREAD = 16, 16  # numbers a thread
-_PROGRAMS_A_MULTIPROCESSOR = 4  # of the backward
+_FORWARD_TILE = 2048  # numbers a program, if more than one row fits
+_FORWARD_THREAD = 16  # numbers a thread
+_BACKWARD_TILE = 2048  # the same of the backward, of rows filled up to a power of two
+_BACKWARD_THREAD = 40  # numbers a thread at most, if four warps are not enough
+_PIECES = 8  # of such a row: a width that is no power of two leaves out whole pieces, and no thread idles
+_PROGRAMS_A_MULTIPROCESSOR = 3  # of the backward
 _WARPS = 32  # at most
 
 
@@ -32,6 +35,16 @@ def _plan(total, width, tile, a_thread):
     block = triton.next_power_of_2(width)
     rows = max(1, min(tile // block, triton.next_power_of_2(total)))
     return _Plan(rows, block, max(1, min(_WARPS, rows * block // (32 * a_thread))))
+
+
+def _plan_backward(total, width):
+    """The same with a row in pieces of `block` numbers, in place of one."""
+    filled = triton.next_power_of_2(width)
+    block = max(1, filled // _PIECES)
+    blocks = -(-width // block)
+    rows = max(1, min(_BACKWARD_TILE // filled, triton.next_power_of_2(total)))
+    warps = max(4, triton.next_power_of_2(-(-rows * block * blocks // (32 * _BACKWARD_THREAD))))
+    return _Plan(rows, block, max(1, min(_WARPS, warps, rows * block // 32)))
 
 
 def forward(x, weight, bias, residual, eps, sum_dtype, rms, store, keep):
@@ -93,14 +106,14 @@ class _Backward(NamedTuple):
 def _backward_launches(looks, x_dtype, dresidual_dtype, rms, device):
     *rows, _, bias = named(looks)
     total, width = rows[0].shape[:-1].numel(), rows[0].shape[-1]
-    plan = _plan(total, width, _BACKWARD_TILE, _BACKWARD_THREAD)
+    plan = _plan_backward(total, width)
     together = _PROGRAMS_A_MULTIPROCESSOR * multiprocessors(torch.empty(0, device=device))
     programs = min(-(-total // plan.rows), together)
     main = Launch(
         norm_backward_kernel, (programs,),
         *map(_distance, rows), total, programs,
         WIDTH=width, RMS=rms, HAS_BIAS=bias is not None, ROWS=plan.rows, BLOCK=plan.block,
-        num_warps=plan.warps,
+        BLOCKS=-(-width // plan.block), num_warps=plan.warps,
     )  # fmt: skip
     parts = (1 if bias is None else 2, programs, width)
     grid = -(-width // 32), parts[0]
@@ -168,49 +181,83 @@ def norm_forward_kernel(
 
 
 @triton.jit
+def _pieces_of(
+    ptr, stride, rows, mask_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A tuple of BLOCKS tiles (ROWS, BLOCK) that rows are made of; zeros for None."""
+    pieces = ()
+    for k in tl.static_range(BLOCKS):
+        if ptr is None:
+            pieces += (tl.zeros((ROWS, BLOCK), tl.float32),)
+        else:
+            cols = k * BLOCK + tl.arange(0, BLOCK)
+            pieces += (_tile_of(ptr, stride, rows, cols, mask_rows[:, None] & (cols < WIDTH)[None, :]),)
+    return pieces
+
+
+@triton.jit
+def _store_sums(ptr, sums, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    for k in tl.static_range(BLOCKS):
+        cols = k * BLOCK + tl.arange(0, BLOCK)
+        tl.store(ptr + cols, tl.sum(sums[k], axis=0), mask=cols < WIDTH)
+
+
+@triton.jit
 def norm_backward_kernel(
     dy_ptr, ds_ptr, s_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, parts_ptr,
     dy_stride, ds_stride, s_stride, residual_stride, total, programs,
     WIDTH: tl.constexpr, RMS: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dx = ((g - mean(g)) - x̂ mean(g x̂)) / std + ds with g = dy · weight; RMS: without mean(g).
 
-    parts (1 or 2, programs, WIDTH): this program's sums over rows of dy x̂ (dweight) and dy (dbias).
+    A row is BLOCKS pieces. parts (1 or 2, programs, WIDTH): this program's sums over rows of dy x̂ (dweight)
+    and dy (dbias).
     """
-    pid, i, cols = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    mask_cols = cols < WIDTH
-    weight = tl.load(weight_ptr + cols, mask=mask_cols, other=0.0).to(tl.float32)
-    dweight, dbias = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+    pid, i = tl.program_id(0), tl.arange(0, ROWS)
+    weight = _pieces_of(
+        weight_ptr, 0, tl.zeros((1,), tl.int64), tl.full((1,), 1, tl.int1), WIDTH, 1, BLOCK, BLOCKS
+    )
+    dweight = _pieces_of(None, 0, i, i, WIDTH, ROWS, BLOCK, BLOCKS)
+    dbias = dweight
     for first in range(pid * ROWS, total, programs * ROWS):
         mask_rows = i < total - first
         rows = tl.cast(first, tl.int64) + i
-        mask = mask_rows[:, None] & mask_cols[None, :]
-        x_hat = _tile_of(s_ptr, s_stride, rows, cols, mask)
-        if residual_ptr is not None:
-            x_hat += _tile_of(residual_ptr, residual_stride, rows, cols, mask)
-        dy = _tile_of(dy_ptr, dy_stride, rows, cols, mask)
-        rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)
+        # All that a row is made of is on its way before any of it is needed.
+        s = _pieces_of(s_ptr, s_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
+        residual = _pieces_of(residual_ptr, residual_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
+        dy = _pieces_of(dy_ptr, dy_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
+        ds = _pieces_of(ds_ptr, ds_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
+        rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+        mean = 0.0 * rstd
         if not RMS:
-            x_hat -= tl.load(mean_ptr + rows, mask=mask_rows, other=0.0)[:, None]
-        x_hat *= rstd[:, None]
-        g = dy * weight[None, :]
-        dweight += dy * x_hat
-        dx = g - x_hat * (tl.sum(g * x_hat, axis=1) / WIDTH)[:, None]
-        if HAS_BIAS:
-            dbias += dy
+            mean = tl.load(mean_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+        x_hat, along = (), tl.zeros((ROWS, BLOCK), tl.float32)
+        products = along
+        for k in tl.static_range(BLOCKS):
+            x_hat += ((s[k] + residual[k] - mean) * rstd,)
+            along += dy[k] * weight[k]
+            products += dy[k] * weight[k] * x_hat[k]
+        along_x = tl.sum(products, axis=1)[:, None] / WIDTH
         if not RMS:
-            dx -= (tl.sum(g, axis=1) / WIDTH)[:, None]
-        dx *= rstd[:, None]
-        if ds_ptr is not None:
-            dx += _tile_of(ds_ptr, ds_stride, rows, cols, mask)
-        offs = rows[:, None] * WIDTH + cols[None, :]
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offs, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    part_ptrs = parts_ptr + tl.cast(pid, tl.int64) * WIDTH + cols
-    tl.store(part_ptrs, tl.sum(dweight, axis=0), mask=mask_cols)
+            mean = tl.sum(along, axis=1)[:, None] / WIDTH
+        weights, biases = (), ()
+        for k in tl.static_range(BLOCKS):
+            cols = k * BLOCK + tl.arange(0, BLOCK)
+            mask = mask_rows[:, None] & (cols < WIDTH)[None, :]
+            weights += (dweight[k] + dy[k] * x_hat[k],)
+            biases += (dbias[k] + dy[k] if HAS_BIAS else dbias[k],)
+            dx = (dy[k] * weight[k] - mean - x_hat[k] * along_x) * rstd + ds[k]
+            offs = rows[:, None] * WIDTH + cols[None, :]
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + offs, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        dweight, dbias = weights, biases
+    part_ptr = parts_ptr + tl.cast(pid, tl.int64) * WIDTH
+    _store_sums(part_ptr, dweight, WIDTH, BLOCK, BLOCKS)
     if HAS_BIAS:
-        tl.store(part_ptrs + tl.cast(programs, tl.int64) * WIDTH, tl.sum(dbias, axis=0), mask=mask_cols)
+        _store_sums(part_ptr + tl.cast(programs, tl.int64) * WIDTH, dbias, WIDTH, BLOCK, BLOCKS)
 
 
 @triton.jit

@@ -4,17 +4,20 @@
 // to dB and dC is summed over the channels of the block in shared memory.
 
 static_assert(LANES == 8 && STEPS == 8, "the sums of a warp over its channels are a fragment of a matrix product");
-constexpr int GROUP = 4;                             // ordered sums: states between two barriers
+static_assert(ALONG == 1 || !ORDERED, "ordered sums are over warps that hold the same tokens");
+constexpr int GROUP = WARPS > 4 ? 2 : 4;             // ordered sums: states between two barriers
 constexpr int TENSORS = 3 + HAS_Z;
 constexpr int SHARES = N <= 64 ? LANES : 1;          // places of a channel for dA: one a lane where there is room
 
 // Then the shared memory of a block holds, in float4s: delta, u, dy and z of each warp (two buffers), the Ones of a warp's lanes; for
 // ordered sums dB and dC of each warp for a group of states (two buffers); (A, state entering the tile, flow entering it
-// from the right; the flow that leaves it) of each channel and n; in floats: the states entering the next tile, dA, dD
-// and ddelta_bias of each channel (each a Sum), and the gradients of a constant B and C. The two flows change places at every tile.
+// from the right; the flow that leaves it) of each seat and n; in floats: the states entering the next tile, dA, dD and
+// ddelta_bias of each seat (each a Sum), the gradients of a constant B and C, and with ALONG > 1, twice, the effect of
+// each tile on each channel. The two flows change places at every tile.
 constexpr int ALL_SLOTS = TENSORS * SLOTS * WARPS, ALL_ONES = ROWS + 2 * ALL_SLOTS, ALL_PARTS = ALL_ONES + 64, PARTS_OF_A_GROUP = GROUP * THREADS;
-constexpr int RUNNING = ALL_PARTS + (ORDERED ? 2 * PARTS_OF_A_GROUP : 0), ENTERING = 4 * (RUNNING + BLOCK_D * ROW_A);
-constexpr int ALL_DA = ENTERING + BLOCK_D * N, SUMS = ALL_DA + BLOCK_D * SHARES * N, CONSTANTS = SUMS + 4 * BLOCK_D;
+constexpr int RUNNING = ALL_PARTS + (ORDERED ? 2 * PARTS_OF_A_GROUP : 0), ENTERING = 4 * (RUNNING + SEATS * ROW_A);
+constexpr int ALL_DA = ENTERING + SEATS * N, SUMS = ALL_DA + SEATS * SHARES * N, CONSTANTS = SUMS + 4 * SEATS;
+constexpr int EFFECTS = CONSTANTS + (B_CONSTANT || C_CONSTANT ? 2 * SEATS * N : 0);
 
 // A sum over many tiles, and what its last rounding lost (Kahan).
 struct Sum {
@@ -66,19 +69,39 @@ __device__ __forceinline__ void add_pair(float4& sum, int pair, const Ones& ones
   add_product(sum, dB0, dC0, dB1, dC1, one.x, one.y);
 }
 
+// The flow that enters a lane's steps, from what its steps and those of the lanes to its right do to one. `flow` becomes
+// what leaves the block's tiles.
+template <bool CUT>
+__device__ __forceinline__ float enter_lane(float& flow, float decay, float entering, Effect* effects, const Cuts& cut,
+                                            const Place& w) {
+  if (CUT && cut.to_begin) decay = SHUT;
+  if (w.j == 0) effects[w.part * BLOCK_D + w.local] = {decay, flow};
+  const Effect right = {from_right(decay, 1.f, CHANNELS), from_right(flow, 0.f, CHANNELS)};
+  __syncthreads();
+  float enter = entering;
+  flow = entering;
+  effects += w.local;
+#pragma unroll 4
+  for (int v = ALONG - 1; v >= 0; v--) {
+    if (v == w.part) enter = flow;
+    flow = pass<PACKED>(effects[v * BLOCK_D], flow);  // a sequence may start in another warp's tile
+  }
+  return pass<CUT>(right, enter);
+}
+
 // State n of a tile in one warp; returns dB and dC as add_pair leaves them. `parity` says which of the two flows of
 // `running` enters, and the other one leaves.
 template <bool CUT>
 __device__ __forceinline__ float4 one_state(const Params& p, const Place& w, const Cuts& cut, Steps& s, float4* running,
                                           const float4* const* rows, const Ones& ones, int n, float* dA_place, float* constants,
-                                            const int* seq, int parity) {
+                                            Effect* effects, const int* seq, int parity) {
   const int64 table_row = (int64)p.channels * N, table_at = (int64)w.d * N + n;
   const float4 state = *running;
   const float A = state.x, B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + n * p.B_n] : 0.f,
               C_here = C_CONSTANT ? p.C_constant[w.d * p.C_g + n * p.C_n] : 0.f;
   const float entering = parity ? state.w : state.z;  // the other one leaves: 3 - parity is its place
   float decay = ex2(A * s.total), decay_right = decay, h_end = w.j == 0 ? state.y : 0.f,
-        flow = w.j == LANES - 1 ? entering : 0.f, dA = SHARES > 1 ? *dA_place : 0.f, a[STEPS], h[STEPS];
+        flow = ALONG == 1 && w.j == LANES - 1 ? entering : 0.f, dA = SHARES > 1 ? *dA_place : 0.f, a[STEPS], h[STEPS];
   auto row = [&](bool of_C, int q, float* out) {
     float4 v = (of_C ? C_CONSTANT : B_CONSTANT) ? (of_C ? make_float4(C_here, C_here, C_here, C_here)
                                                         : make_float4(B_here, B_here, B_here, B_here))
@@ -134,10 +157,11 @@ __device__ __forceinline__ float4 one_state(const Params& p, const Place& w, con
       round_from_right<false>(flow, decay_right, r * CHANNELS);
     }
     round_from_left<true>(h_end, decay, LANES / 2 * CHANNELS);
-    round_from_right<true>(flow, decay_right, LANES / 2 * CHANNELS);
+    round_from_right<ALONG == 1>(flow, decay_right, LANES / 2 * CHANNELS);
   }
   const float h_in = from_left(h_end, state.y, CHANNELS);
-  float f = from_right(flow, entering, CHANNELS), dB_sum = 0.f, dC_sum = 0.f;
+  float f = ALONG == 1 ? from_right(flow, entering, CHANNELS) : enter_lane<CUT>(flow, decay_right, entering, effects, cut, w);
+  float dB_sum = 0.f, dC_sum = 0.f;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   {
     float v = h_in;
@@ -183,6 +207,7 @@ __device__ __forceinline__ float4 one_state(const Params& p, const Place& w, con
   else dA = sum_lanes(dA);
   if (B_CONSTANT) dB_sum = sum_lanes(dB_sum);
   if (C_CONSTANT) dC_sum = sum_lanes(dC_sum);
+  if (ALONG == 1) __syncwarp();  // every lane has read what is about to change
   if (w.j == 0) {
     reinterpret_cast<float*>(running)[3 - parity] = flow;
     if (SHARES == 1) *dA_place += dA;
@@ -202,33 +227,26 @@ __device__ __forceinline__ Target find_target(const Params& p, const Block& k, i
   return {p.dB + k.dB_row + at, p.dC + k.dC_row + at};
 }
 
-// In any order, or by the one thread that writes there.
-__device__ __forceinline__ void add_matrix(float* to, float first, float second, bool fresh) {
-  if (!ORDERED) {
-    add_global(to, first, second);
-  } else {
-    float2* own = reinterpret_cast<float2*>(to);
-    if (!fresh) first += own->x, second += own->y;
-    *own = make_float2(first, second);
-  }
+__device__ __forceinline__ void add_matrices(const Target& target, float4 sum) {
+  if (!B_CONSTANT) add_global(target.dB, sum.x, sum.y);
+  if (!C_CONSTANT) add_global(target.dC, sum.z, sum.w);
 }
 
-__device__ __forceinline__ void add_matrices(const Target& target, float4 sum, bool fresh) {
-  if (!B_CONSTANT) add_matrix(target.dB, sum.x, sum.y, fresh);
-  if (!C_CONSTANT) add_matrix(target.dC, sum.z, sum.w, fresh);
-}
-
-// Ordered: dB and dC of `count` states from n on, summed over the warps, a state a warp.
+// Ordered: dB and dC of `count` states from n on, summed over the warps; a thread takes one token of one of them. Where
+// the sums are not fresh they go onto those of the channels before.
 __device__ __forceinline__ void add_group(const Params& p, const Block& k, const float4* parts, int n, int count, int t0, bool fresh) {
-  const int thread = thread_number(), m = thread / 32;
-  if (m >= count) return;
-  float4 sum = parts[thread];
 #pragma unroll
-  for (int v = 1; v < WARPS; v++) {
-    float4 one = parts[v * 32 * GROUP + thread];
-    sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
+  for (int i = thread_number(); i < 2 * TILE * GROUP; i += THREADS) {
+    const int m = i / (2 * TILE), of_C = i / TILE % 2, t = i % TILE;
+    if (m >= count || (of_C ? C_CONSTANT : B_CONSTANT)) continue;
+    const float* part = reinterpret_cast<const float*>(parts + m * 32 + t / 2) + 2 * of_C + t % 2;
+    float sum = *part;
+#pragma unroll
+    for (int v = 1; v < WARPS; v++) sum += part[v * GROUP * 128];
+    const Target target = find_target(p, k, n + m, t0 + t);
+    float* to = of_C ? target.dC : target.dB;
+    *to = fresh ? sum : *to + sum;
   }
-  add_matrices(find_target(p, k, n + m, t0 + 2 * (thread % 32)), sum, fresh);
 }
 
 // The sums over n become du, ddelta and dz of a lane's steps, and y where it is asked for. slots: u, delta, dy and z

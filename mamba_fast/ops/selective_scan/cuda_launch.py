@@ -37,13 +37,13 @@ def strides_of(**looks):
 class Launch:
     """One kernel with everything but the addresses; call it with {name of a pointer: tensor or None}."""
 
-    def __init__(self, entry, cut, macros, statics, grid, device, threads=32 * plan.WARPS):
+    def __init__(self, entry, cut, macros, statics, grid, threads=None, *, device):
         if entry != "scan_chain":
             cut, macros = plan.fit(entry, cut, macros, device)
         shared = 0 if entry == "scan_chain" else plan.shared_bytes(entry, cut, macros)
         self.kernel = nvrtc.Kernel.load(plan.SOURCES[entry], macros, entry, shared, device=device.index)
         self.tail = _TAIL.pack(*(statics.get(name, 0) for name in (*_STRIDES, *_INTEGERS)))
-        self.grid, self.threads = grid, threads
+        self.grid, self.threads = grid, threads or 32 * cut.warps
 
     def __call__(self, given):
         pointers = [0] * len(_POINTERS)

@@ -10,11 +10,10 @@ import torch
 from mamba_fast.ops.selective_scan.arguments import is_constant
 
 CHUNK = 64  # tokens between saved states, as in cuda_tiles.cuh
-WARPS = 4
 # Over dB and dC in bfloat16: a number whose digits are cut off behind the eleventh is so much too small.
 KEPT = 1.00035
 _FOLDER = Path(__file__).parent
-_SHARED = ("cuda_machine.cuh", "cuda_tiles.cuh")
+_SHARED = ("cuda_machine.cuh", "cuda_tiles.cuh", "cuda_cuts.cuh")
 SOURCES = {
     "scan_forward": [_FOLDER / name for name in (*_SHARED, "cuda_forward.cu")],
     "scan_backward": [_FOLDER / name for name in (*_SHARED, "cuda_backward.cu", "cuda_backward_block.cu")],
@@ -22,10 +21,10 @@ SOURCES = {
 }
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches, so
-# that there are as many as the second. At seven, the forward loses more by finding what enters a stretch than
-# it gains.
-_STRETCHED_FORWARD, _STRETCHED_BACKWARD = (6, 16), (8, 48)
+# Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches,
+# so that there are as many as the second. At six, the forward loses more by finding what enters a stretch
+# than it gains.
+_STRETCHED_FORWARD, _STRETCHED_BACKWARD = (5, 16), (8, 48)
 
 
 class Cut(NamedTuple):
@@ -33,6 +32,8 @@ class Cut(NamedTuple):
 
     lanes: int
     steps: int
+    warps: int  # of a block
+    along: int  # of them hold the same channels, one tile behind the other
     stage: int  # numbers of B (and of C) in shared memory at a time
     min_blocks: int  # blocks a multiprocessor holds at least: bounds the registers
     unroll: int
@@ -43,11 +44,24 @@ class Cut(NamedTuple):
 
     @property
     def tile(self):
-        return self.lanes * self.steps
+        return self.lanes * self.steps * self.along
 
     @property
     def block_d(self):
-        return 32 // self.lanes * WARPS
+        return 32 // self.lanes * self.warps // self.along
+
+    def abreast(self, channels):
+        """The same cut with every warp on channels of its own."""
+        cut = self._replace(along=1)
+        return cut._replace(blocks=channels // cut.span * -(-cut.span // cut.block_d))
+
+
+@functools.cache
+def shared_limit(device):
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache
@@ -62,52 +76,81 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-# lanes, steps, stage, min_blocks, unroll. Forward, for at least so many rows of B * D. Many rows: few lanes
-# each, so that B and C serve several channels and the scan is short. Few rows: many lanes, so that warps are
-# enough. The backward sums over the four channels of a warp by one product, so its lanes and steps are fixed.
+# {(rows of B * D, tokens), at least: the first fields of Cut}. Many rows: few lanes each, so that B and C
+# serve several channels and the scan is short. Few rows: warps stand one behind the other, so that there are
+# enough of them, on as many multiprocessors as there are. No tile is much wider than a sequence. The backward
+# sums over the four channels of a warp by one product, so its lanes and steps are fixed.
 FORWARD = {
-    8192: (8, 16, 2048, 3, 2),
-    3072: (16, 16, 2048, 3, 2),
-    1024: (32, 8, 2048, 4, 2),
-    0: (32, 16, 4096, 3, 2),
+    (12288, 129): (8, 16, 8, 1, 2048, 2, 1),
+    (6144, 129): (8, 16, 4, 1, 2048, 3, 2),
+    (3072, 129): (16, 16, 4, 1, 2048, 3, 2),
+    (1152, 129): (8, 16, 4, 4, 2048, 3, 2),
+    (529, 897): (8, 16, 8, 8, 4096, 2, 1),
+    (265, 1537): (8, 16, 16, 16, 8192, 1, 1),
+    (133, 1537): (16, 16, 8, 8, 8192, 1, 2),
+    (0, 1537): (32, 16, 8, 8, 8192, 1, 2),
+    (0, 897): (8, 16, 8, 8, 4096, 2, 1),
+    (0, 513): (8, 16, 4, 4, 2048, 3, 2),
+    (0, 129): (32, 16, 4, 1, 4096, 3, 2),
+    (0, 0): (16, 8, 4, 1, 1024, 4, 1),
 }
-SHORT = (16, 8, 1024, 4, 1)  # up to 128 tokens: no wider tile
-BACKWARD = (8, 8, 1024, 4, 1)
+BACKWARD = {
+    (4096, 0): (8, 8, 4, 1, 1024, 4, 1),
+    (0, 2049): (8, 8, 4, 1, 1024, 4, 1),
+    (3072, 0): (8, 8, 4, 2, 1024, 4, 1),
+    (1152, 0): (8, 8, 4, 4, 1024, 4, 1),
+    (0, 257): (8, 8, 8, 8, 2048, 2, 1),
+    (0, 129): (8, 8, 4, 4, 1024, 4, 1),
+    (0, 0): (8, 8, 4, 2, 1024, 4, 1),
+}
+# For sums in one order: those of a block are over warps that hold the same tokens, and the more of them, the
+# less is left to add up later.
+ORDERED = {
+    (12288, 0): (8, 8, 8, 1, 1024, 2, 1),
+    (2048, 0): (8, 8, 4, 1, 1024, 4, 1),
+    (0, 1): (8, 8, 8, 1, 1024, 2, 1),
+    (0, 0): (8, 8, 4, 1, 1024, 4, 1),
+}
+_SHARED_OF_MANY_WARPS = 200 * 1024  # bytes a block may have, for blocks of more than four warps
 
 
-def cut_forward(batch, channels, seqlen, span, device):
-    rows = batch * channels
-    kind = SHORT if seqlen <= 128 else next(kind for least, kind in FORWARD.items() if rows >= least)
-    return _cut(*kind, _STRETCHED_FORWARD, batch, channels, seqlen, span, device)
+def cut_forward(size, roomy=False):
+    """size: batch, channels, seqlen, span, device. roomy: threads take more registers than usual."""
+    return _cut(*_kind(FORWARD, size, roomy), _STRETCHED_FORWARD, *size)
 
 
-def cut_backward(batch, channels, seqlen, span, device):
-    return _cut(*BACKWARD, _STRETCHED_BACKWARD, batch, channels, seqlen, span, device)
+def cut_backward(size, roomy=False):
+    return _cut(*_kind(BACKWARD, size, roomy), _STRETCHED_BACKWARD, *size)
+
+
+def cut_ordered(size, roomy=False):
+    return _cut(*_kind(ORDERED, size, roomy), _STRETCHED_BACKWARD, *size)
+
+
+def _kind(table, size, roomy):
+    batch, channels, seqlen, _, device = size
+    few_warps = roomy or shared_limit(device) < _SHARED_OF_MANY_WARPS
+    fits = ((r, t) for r, t in table if batch * channels >= r and seqlen >= t)
+    return next(table[least] for least in fits if not (few_warps and table[least][2] > 4))
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(lanes, steps, stage, min_blocks, unroll, stretched, batch, channels, seqlen, span, device):
+def _cut(
+    lanes, steps, warps, along, stage, min_blocks, unroll, stretched, batch, channels, seqlen, span, device
+):
     """`stretched`: warps a multiprocessor that are enough without stretches, and what those make of fewer."""
-    block_d, tile = 32 // lanes * WARPS, max(lanes * steps, CHUNK)
+    block_d, tile = 32 // lanes * warps // along, max(lanes * steps * along, CHUNK)
     blocks = channels // span * -(-span // block_d)
-    warps, processors = batch * blocks * WARPS, multiprocessors(device)
+    all_warps, processors = batch * blocks * warps, multiprocessors(device)
     enough, made = stretched
-    wanted = -(-made * processors // warps) if warps < enough * processors else 1
+    wanted = -(-made * processors // all_warps) if all_warps < enough * processors else 1
     stretches = min(wanted, -(-seqlen // tile))
     if stretches < 3:  # finding what enters a stretch costs about half of scanning it
         stretches = 1
     stretch = -(-seqlen // (stretches * tile)) * tile
     return Cut(
-        lanes, steps, stage, min_blocks, unroll, stretch, -(-seqlen // stretch), span, blocks
+        lanes, steps, warps, along, stage, min_blocks, unroll, stretch, -(-seqlen // stretch), span, blocks
     )  # fmt: skip
-
-
-@functools.cache
-def shared_limit(device):
-    """Bytes of shared memory that a block may have."""
-    if device.type != "cuda":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def fit(entry, cut, macros, device):
@@ -118,37 +161,39 @@ def fit(entry, cut, macros, device):
     return cut, macros
 
 
-def passes(cut, batch, device):
+def passes(d_state):
     """Groups of channels a block takes in turn in ordered mode, where it has a slot for dB and dC.
 
-    As many as leave one block for every place on the chip.
+    One, unless the slots, N / 8 bytes per (b, d, t), would be more than du is.
     """
-    return max(
-        1, min(8, round(batch * cut.blocks * cut.stretches / (cut.min_blocks * multiprocessors(device))))
-    )
+    return max(1, min(8, d_state // 32))
 
 
 def shared_bytes(entry, cut, defines):
     """Bytes of shared memory of a block; the layouts stand in the kernels' `lay_out`."""
     n, size, buffers = defines["N"], 4 if defines["IO"] == 0 else 2, defines["BUFFERS"]
-    threads, channels, wide = 32 * WARPS, 32 // cut.lanes, 16 // size
+    threads, channels, wide = 32 * cut.warps, 32 // cut.lanes, 16 // size
     staged = min(max(cut.stage // cut.tile, 1), n)
     matrix, block = staged * cut.tile * 4, 128
-    passes = -(-staged // (threads // (cut.tile // wide)))
+    row_parts = cut.tile // wide
+    rows_a_pass = max(1, threads // row_parts)
+    passes = -(-staged // rows_a_pass) * (rows_a_pass * row_parts // threads)
     parts_a_lane = cut.steps // wide
     near = 8 // min(channels, 8) * parts_a_lane
     pitch = cut.lanes * parts_a_lane + (0 if channels == 1 else near if near < 8 else 1)
-    raw, slots = passes * threads * 16, channels * pitch * WARPS * 16
+    raw, slots = passes * threads * 16, channels * pitch * cut.warps * 16
     row = n + (channels > 1)
+    effects = 2 * cut.warps * channels * 8 if cut.along > 1 else 0
     if entry == "scan_forward":
-        return block + 2 * buffers * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8
+        return block + 2 * buffers * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8 + effects
     if entry == "scan_summary":
         return block + matrix + raw + cut.block_d * row * 8
-    parts = 64 * 16 + (2 * 4 * threads * 16 if defines["ORDERED"] else 0)
+    parts = 64 * 16 + (2 * (2 if cut.warps > 4 else 4) * threads * 16 if defines["ORDERED"] else 0)
     shares = cut.lanes if n <= 64 else 1
-    constants = 8 * cut.block_d * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
+    seats = channels * cut.warps
+    constants = 8 * seats * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
     inputs = 2 * (3 + defines["HAS_Z"]) * slots
-    sums = cut.block_d * (16 * row + 4 * n * (1 + shares) + 16) + constants
+    sums = seats * (16 * row + 4 * n * (1 + shares) + 16) + constants + effects
     return block + 2 * buffers * matrix + 2 * raw + inputs + parts + sums
 
 
@@ -185,8 +230,8 @@ def defines(
 ):
     """The macros that make a kernel of its source. wide: may rows, B, C be read 16 bytes at a time?"""
     return {
-        "IO": _IO[io], "N": N, "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": WARPS,
-        "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
+        "IO": _IO[io], "N": N, "LANES": cut.lanes, "STEPS": cut.steps, "WARPS": cut.warps,
+        "ALONG": cut.along, "STAGE": cut.stage, "MIN_BLOCKS": cut.min_blocks, "UNROLL": cut.unroll,
         "WIDE_ROWS": int(wide[0]), "WIDE_B": int(wide[1]), "WIDE_C": int(wide[2]),
         "HAS_Z": int(has_z), "SOFTPLUS": int(softplus), "B_CONSTANT": int(is_constant(B, u)),
         "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(packed), "VARLEN": int(varlen),

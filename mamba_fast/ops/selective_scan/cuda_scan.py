@@ -101,19 +101,16 @@ class _Calls:
             ("C_constant" if is_constant(C, u) else "C"),
         )
         self.stretches = (batch, cut.stretches, channels, macros["N"])
-        prepare = functools.partial(Launch, cut=cut, statics=statics, device=device)
-        self.main = prepare(entry, macros=macros, grid=batch * cut.stretches * blocks)
+        prepare = functools.partial(Launch, device=device)
+        self.main = prepare(entry, cut, macros, statics, batch * cut.stretches * blocks)
         self.summary = self.chain = None
         if cut.stretches > 1:
-            macros = macros | {"REVERSE": int(reverse), "UNROLL": 1, "KEEP": 0, "ORDERED": 0}
-            statics = statics | {"passes": 1, "blocks": cut.blocks}
-            self.summary = prepare(
-                "scan_summary", macros=macros, statics=statics, grid=batch * cut.stretches * cut.blocks
-            )
+            cut = cut.abreast(channels)
+            macros = macros | {"REVERSE": int(reverse), "ALONG": 1, "UNROLL": 1, "KEEP": 0, "ORDERED": 0}
+            statics = statics | {"passes": 1} | _blocks(cut)
+            self.summary = prepare("scan_summary", cut, macros, statics, batch * cut.stretches * cut.blocks)
             chain_grid = -(-batch * channels * macros["N"] // 128)
-            self.chain = prepare(
-                "scan_chain", macros=macros | {"CHAIN": 1}, statics=statics, grid=chain_grid, threads=128
-            )
+            self.chain = prepare("scan_chain", cut, macros | {"CHAIN": 1}, statics, chain_grid, threads=128)
 
 
 def _named(looks):
@@ -125,9 +122,9 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
     looks = _named(looks)
     u, delta, z, y, A, B, C = looks
     batch, channels, seqlen = u.shape
-    cut = plan.cut_forward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
-    if packed and cut.min_blocks > 3:  # where sequences start takes registers
-        cut = cut._replace(min_blocks=3)
+    cut = plan.cut_forward((batch, channels, seqlen, plan.spans(u, B, C)[2], device), roomy=varlen)
+    if packed:  # where sequences start takes registers, and so do their first and last states
+        cut = cut._replace(min_blocks=min(cut.min_blocks, 3), unroll=1 if varlen else cut.unroll)
     wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
         cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide,
@@ -144,12 +141,15 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     looks = _named(looks)
     u, delta, z, dy, du, ddelta, dz, y, A, B, C = looks
     batch, channels, seqlen = u.shape
-    cut = plan.cut_backward(batch, channels, seqlen, plan.spans(u, B, C)[2], device)
-    if varlen or io == torch.float32:  # tables of states, and sums in two parts, take registers
-        cut = cut._replace(min_blocks=3)
+    size = batch, channels, seqlen, plan.spans(u, B, C)[2], device
+    # Tables of states, sums in two parts, and where sequences start between warps take registers.
+    wide_sums = io == torch.float32
+    cut = plan.cut_ordered(size, packed or wide_sums) if ordered else plan.cut_backward(size, packed)
+    if varlen or wide_sums or (packed and (ordered or cut.along > 1)):
+        cut = cut._replace(min_blocks=min(cut.min_blocks, 12 // cut.warps))
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
     ordered = (1 if cut.span == channels else 2) if ordered else 0
-    passes = plan.passes(cut, batch, device) if ordered else 1
+    passes = plan.passes(A.shape[1]) if ordered else 1
     blocks = -(-cut.blocks // passes)
     wide = plan.is_wide(io, *looks[:8]), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
@@ -172,12 +172,17 @@ def _statics(cut, u, A, B, C):
     B_span, C_span, span = plan.spans(u, B, C)
     statics = {
         "A_d": A.strides[0], "A_n": A.strides[1], "channels": channels, "seqlen": seqlen, "span": span,
-        "B_span": B_span, "C_span": C_span, "blocks": cut.blocks, "blocks_a_span": -(-span // cut.block_d),
-        "passes": 1, "stretch": cut.stretch, "stretches": cut.stretches, "batch": batch,
+        "B_span": B_span, "C_span": C_span, "passes": 1, "stretch": cut.stretch, "stretches": cut.stretches,
+        "batch": batch,
     }  # fmt: skip
+    statics |= _blocks(cut)
     for name, v in (("B", B), ("C", C)):
         statics |= zip((f"{name}_{axis}" for axis in "bgnl"), v.strides, strict=True)
     return statics
+
+
+def _blocks(cut):
+    return {"blocks": cut.blocks, "blocks_a_span": -(-cut.span // cut.block_d)}
 
 
 def _narrow(grad, dtype):

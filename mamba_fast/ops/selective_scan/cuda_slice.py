@@ -26,7 +26,7 @@ def _launch(looks, io, reverse, device):
     """The kernel's launch, and the shape (B, S, D, N) of what it writes."""
     x, delta, gate, A, M = looks = _named(looks)
     batch, channels, seqlen = x.shape
-    cut = plan.cut_forward(batch, channels, seqlen, plan.spans(x, M, M)[2], device)
+    cut = plan.cut_forward((batch, channels, seqlen, plan.spans(x, M, M)[2], device)).abreast(channels)
     wide = plan.is_wide(io, x, delta, gate), plan.is_wide(io, M), plan.is_wide(io, M)
     macros = plan.defines(
         cut, io, A.shape[1], M, M, x, gate is not None, packed=False, softplus=True, varlen=False,

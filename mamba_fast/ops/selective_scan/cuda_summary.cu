@@ -41,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   const float bias = p.bias ? p.bias[w.d] : 0.f;
   float sum = 0.f;
   bool cut_off = false;
+  Starts starts = {-1, 0, false};
   const int tiles = (end - begin + TILE - 1) / TILE;
   auto first_of = [&](int i) { return begin + (REVERSE ? tiles - 1 - i : i) * TILE; };
   auto request = [&](int n0, int i) {
@@ -51,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   for (int i = 0; i < tiles; i++) {
     const int t0 = first_of(i), t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
     float delta[STEPS], x[STEPS], total = 0;
-    const Cuts cut = PACKED ? find_cuts(p.seq + (int64)w.b * seqlen, t0, seqlen, w) : Cuts{};
+    if (PACKED) find_starts(starts, p.seq + (int64)w.b * seqlen, begin, t0, seqlen, w);
+    const Cuts cut = PACKED ? find_cuts(starts, begin, t0, seqlen, w) : Cuts{};
     load_row(row_of(block.delta, p.delta_d, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
     if (REVERSE) load_row(row_of(block.dy, p.dy_d, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);
     else load_row(row_of(block.u, p.u_d, w.d) + steps_of(t, p.u_l), p.u_l, left, x);
@@ -87,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
         float M_here[STEPS];
 #pragma unroll
         for (int q = 0; q < QUADS; q++) {
-          const float4 v = M_CONSTANT ? make_float4(constant, constant, constant, constant) : matrix[m * ROW + place_of(q, w.j)];
+          const float4 v = M_CONSTANT ? make_float4(constant, constant, constant, constant) : matrix[m * ROW + place_of(q, w.j, 0)];
           M_here[4 * q] = v.x, M_here[4 * q + 1] = v.y, M_here[4 * q + 2] = v.z, M_here[4 * q + 3] = v.w;
         }
 #pragma unroll

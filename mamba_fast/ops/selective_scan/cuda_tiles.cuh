@@ -1,8 +1,9 @@
 // How a block is cut and how its data moves. A warp holds CHANNELS channels and, of each, LANES pieces of STEPS
-// tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. Macros N, LANES, STEPS, WARPS,
-// MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B, WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP,
-// BIG_STRIDES, UNROLL, REVERSE, BUFFERS (of B and C in float32) and ORDERED (sums: 0 in any order, 1 in one order into
-// fresh memory, 2 in one order onto zeros) come from cuda_plan.py.
+// tokens: lane (j, c) = j * CHANNELS + c holds tokens t0 + STEPS j ... of channel c. ALONG warps of a block hold the
+// same channels, one tile behind the other. Macros N, LANES, STEPS, WARPS, ALONG, MIN_BLOCKS, STAGE, WIDE_ROWS, WIDE_B,
+// WIDE_C, HAS_Z, SOFTPLUS, B_CONSTANT, C_CONSTANT, PACKED, VARLEN, KEEP, BIG_STRIDES, UNROLL, REVERSE, BUFFERS (of B
+// and C in float32) and ORDERED (sums: 0 in any order, 1 in one order into fresh memory, 2 in one order onto zeros) come
+// from cuda_plan.py.
 struct Params {
   const io_t *u, *delta, *B, *C, *z, *dy;
   const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;
@@ -15,15 +16,19 @@ struct Params {
   int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
 };
 
-constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_D = CHANNELS * WARPS, THREADS = 32 * WARPS;
+constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_L = TILE * ALONG, BLOCK_D = CHANNELS * WARPS / ALONG,
+              THREADS = 32 * WARPS;
 constexpr int WIDE = 16 / sizeof(io_t), PARTS = STEPS / WIDE, QUADS = STEPS / 4;  // 16-byte pieces, float4s of a lane
 constexpr int WIDTH = LANES * PARTS;                      // 16-byte pieces of a channel's row in a tile
 constexpr int CHUNK = 64;                                 // tokens between saved states
-constexpr int STAGED = STAGE / TILE < N ? (STAGE / TILE > 0 ? STAGE / TILE : 1) : N;  // rows of B and C in SRAM at a time
-constexpr int ROW = TILE / 4, MATRIX = STAGED * ROW;      // float4s of a row, of the staged rows of B or C
-constexpr int ROW_PARTS = TILE / WIDE;                    // 16-byte pieces of a row
-constexpr int ROWS_A_PASS = THREADS / ROW_PARTS, ROW_PASSES = (STAGED + ROWS_A_PASS - 1) / ROWS_A_PASS;
+constexpr int STAGED = STAGE / BLOCK_L < N ? (STAGE / BLOCK_L > 0 ? STAGE / BLOCK_L : 1) : N;  // rows of B and C in SRAM at a time
+constexpr int ROW = BLOCK_L / 4, MATRIX = STAGED * ROW;      // float4s of a row, of the staged rows of B or C
+constexpr int ROW_PARTS = BLOCK_L / WIDE;                   // 16-byte pieces of a row
+constexpr int ROWS_A_PASS = THREADS > ROW_PARTS ? THREADS / ROW_PARTS : 1, PASSES_A_ROW = ROWS_A_PASS * ROW_PARTS / THREADS;
+constexpr int ROW_PASSES = (STAGED + ROWS_A_PASS - 1) / ROWS_A_PASS * PASSES_A_ROW;
+constexpr bool WHOLE_PASSES = STAGED % ROWS_A_PASS == 0 && N % STAGED == 0;  // no pass ends in the middle
 constexpr int RAW = ROW_PASSES * THREADS;                 // 16-byte pieces of B or C on their way
+constexpr int SEATS = CHANNELS * WARPS;                   // a channel in a warp
 constexpr int ROW_A = N + (CHANNELS > 1);                 // padded: the channels of a warp read different banks
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -64,7 +69,7 @@ __device__ __forceinline__ void find_block(const Params& p, int pass, float4* me
 
 // Where a thread works in its block. Cheap to find again: see thread_number.
 struct Place {
-  int lane, warp, j, c, b, d_warp, local, d, rows;  // d_warp: the warp's first channel; rows: how many it has
+  int lane, warp, part, j, c, b, d_warp, local, seat, d, rows;  // part: of the tiles side by side; rows: channels it has from d_warp on
   bool here;                                        // this lane's channel exists
 };
 
@@ -73,11 +78,13 @@ __device__ __forceinline__ Place find_place(const Params& p, const Block& k) {
   const int thread = thread_number();
   w.lane = thread % 32;
   w.warp = thread / 32;
+  w.part = w.warp % ALONG;
   w.j = w.lane / CHANNELS;
   w.c = w.lane % CHANNELS;
   w.b = k.b;
-  w.d_warp = k.d_block + w.warp * CHANNELS;
-  w.local = w.warp * CHANNELS + w.c;
+  w.local = w.warp / ALONG * CHANNELS + w.c;
+  w.seat = w.warp * CHANNELS + w.c;
+  w.d_warp = k.d_block + w.local - w.c;
   w.rows = max(0, min(CHANNELS, k.d_end - w.d_warp));
   w.here = w.c < w.rows;
   w.d = w.here ? w.d_warp + w.c : min(k.d_block, p.channels - 1);
@@ -172,7 +179,7 @@ __device__ __forceinline__ Copies find_copies(int t0, const Place& w, int seqlen
     const int row = w.lane / WIDTH + i / A_ROW * ROWS, piece = w.lane % WIDTH + i % A_ROW * 32;
     copies.place[i] = row * PITCH + piece;
     copies.row[i] = w.d_warp + row;
-    copies.t[i] = t0 + piece * WIDE;
+    copies.t[i] = t0 + w.part * TILE + piece * WIDE;
     copies.bytes[i] = row < w.rows ? bytes_left(seqlen - copies.t[i]) : 0;
   }
   return copies;
@@ -182,7 +189,7 @@ __device__ __forceinline__ Copies find_copies(int t0, const Place& w, int seqlen
 __device__ __forceinline__ void to_next_tile(Copies& copies, int seqlen) {
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
-    copies.t[i] += TILE;
+    copies.t[i] += BLOCK_L;
     if (copies.bytes[i]) copies.bytes[i] = bytes_left(seqlen - copies.t[i]);
   }
 }
@@ -199,17 +206,23 @@ __device__ __forceinline__ void receive_tile(const uint4* slots, const Place& w,
   for (int k = 0; k < PARTS; k++) spread(slots[w.c * PITCH + w.j * PARTS + k], out + k * WIDE);
 }
 
-// float4 q of lane j in a staged row of B or C: no bank conflicts for the threads that write and for those that read.
-__device__ __forceinline__ int place_of(int q, int j) { return q * LANES + (j ^ (2 * q % LANES)); }
+// float4 q of lane j of a tile in a staged row of B or C: no bank conflicts for the threads that write and for those
+// that read.
+__device__ __forceinline__ int place_of(int q, int j, int part) {
+  return part * (TILE / 4) + q * LANES + (j ^ (2 * q % LANES));
+}
 
-// Rows n0 ... n0 + STAGED of B or C, tokens t0 ... t0 + TILE, each 16-byte piece by the thread that converts it later.
+// Rows n0 ... n0 + STAGED of B or C, tokens t0 ... t0 + BLOCK_L, each 16-byte piece by the thread that converts it later.
 __device__ __forceinline__ void request_matrix(uint4* raw, const io_t* matrix, int64 stride_n, int n0, int t0, int seqlen) {
-  const int thread = thread_number(), t = t0 + thread % ROW_PARTS * WIDE, bytes = bytes_left(seqlen - t);
+  const int thread = thread_number(), first = thread % ROW_PARTS * WIDE;
   int n = n0 + thread / ROW_PARTS;
-  const io_t* from = matrix + steps_of(n, stride_n) + t;
+  const io_t* from = matrix + steps_of(n, stride_n) + t0 + first;
 #pragma unroll
-  for (int k = 0; k < ROW_PASSES; k++, n += ROWS_A_PASS, from += steps_of(ROWS_A_PASS, stride_n))
-    if (ROW_PASSES * ROWS_A_PASS == N || n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS + thread, from, bytes);
+  for (int k = 0; k < ROW_PASSES; k++) {
+    const int t = k % PASSES_A_ROW * THREADS * WIDE;
+    if (WHOLE_PASSES || n < min(n0 + STAGED, N)) copy_async(raw + k * THREADS + thread, from + t, bytes_left(seqlen - t0 - first - t));
+    if (k % PASSES_A_ROW == PASSES_A_ROW - 1) n += ROWS_A_PASS, from += steps_of(ROWS_A_PASS, stride_n);
+  }
 }
 
 // The same rows in float32, each lane's steps in one place; with WIDE_MATRIX from `raw`, else straight from memory.
@@ -217,18 +230,19 @@ template <bool WIDE_MATRIX>
 __device__ __forceinline__ void convert_matrix(float4* to, const uint4* raw, const io_t* matrix, int64 stride_n,
                                                int64 stride_l, int n0, int t0, int seqlen) {
   const int thread = thread_number();
-  int m = thread / ROW_PARTS, t = thread % ROW_PARTS * WIDE, j = t / STEPS, q = t % STEPS / 4;
+  int m = thread / ROW_PARTS;
 #pragma unroll
-  for (int k = 0; k < ROW_PASSES; k++, m += ROWS_A_PASS) {
-    if (ROW_PASSES * ROWS_A_PASS != N && m >= min(STAGED, N - n0)) break;
+  for (int k = 0; k < ROW_PASSES; k++, m += k % PASSES_A_ROW ? 0 : ROWS_A_PASS) {
+    const int t = (thread % ROW_PARTS + k % PASSES_A_ROW * THREADS) * WIDE, part = t / TILE, j = t % TILE / STEPS, q = t % STEPS / 4;
+    if (!WHOLE_PASSES && m >= min(STAGED, N - n0)) break;
     float v[WIDE];
     if (WIDE_MATRIX)
       spread(raw[k * THREADS + thread], v);
     else
       for (int i = 0; i < WIDE; i++)
         v[i] = t0 + t + i < seqlen ? to_float(matrix[steps_of(n0 + m, stride_n) + steps_of(t0 + t + i, stride_l)]) : 0.f;
-    to[m * ROW + place_of(q, j)] = make_float4(v[0], v[1], v[2], v[3]);
-    if (WIDE == 8) to[m * ROW + place_of(q + 1, j)] = make_float4(v[WIDE - 4], v[WIDE - 3], v[WIDE - 2], v[WIDE - 1]);
+    to[m * ROW + place_of(q, j, part)] = make_float4(v[0], v[1], v[2], v[3]);
+    if (WIDE == 8) to[m * ROW + place_of(q + 1, j, part)] = make_float4(v[WIDE - 4], v[WIDE - 3], v[WIDE - 2], v[WIDE - 1]);
   }
 }
 
@@ -256,38 +270,5 @@ __device__ __forceinline__ void convert_matrices(const Params& p, float4* memory
 struct Cuts {
   uint32 starts, ends;
   int reach_left, reach_right;
-  bool any;
+  bool any, begun, to_begin;  // a start: in the tile; up to and with this lane's steps; in or behind them
 };
-
-// Is token t the first one of a packed sequence?
-__device__ __forceinline__ bool starts_at(const int* seq, int t, int seqlen) {
-  return t < seqlen && (t > 0 ? seq[t] != seq[t - 1] : VARLEN);
-}
-
-__device__ __forceinline__ Cuts find_cuts(const int* seq, int t0, int seqlen, const Place& w) {
-  const int bit = w.j * STEPS % 32, word = w.j * STEPS / 32, t = t0 + w.j * STEPS;
-  uint32 here = 0, next = 0, any = 0;
-#pragma unroll
-  for (int i = 0; i <= TILE / 32; i++) {  // 32 tokens at a time, one a lane; of the last 32 only the first matters
-    const uint32 starts = __ballot_sync(~0u, starts_at(seq, t0 + 32 * i + w.lane, seqlen));
-    if (i == word) here = starts;
-    if (i == word + 1) next = starts;
-    any |= i < TILE / 32 ? starts : starts & 1;
-  }
-  const uint32 bits = here >> bit | (bit ? next << (32 - bit) : 0);
-  const uint32 after = bit + STEPS < 32 ? here >> (bit + STEPS) & 1 : next & 1;  // the token after this lane's steps
-  Cuts cut = {bits & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, any != 0};
-  if (VARLEN) {
-    cut.ends = cut.starts >> 1 | after << (STEPS - 1);
-    const int last = seqlen - 1 - t;
-    if (last >= 0 && last < STEPS) cut.ends |= 1u << last;
-    cut.any |= t0 + TILE >= seqlen;
-  }
-  if (!cut.any) return cut;
-  const uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
-  for (int r = 0; r < LANES; r++) {
-    if (w.j - r >= 0 && lanes >> ((w.j - r) * CHANNELS) & 1) cut.reach_left = min(cut.reach_left, r);
-    if (w.j + r < LANES && lanes >> ((w.j + r) * CHANNELS) & 1) cut.reach_right = min(cut.reach_right, r);
-  }
-  return cut;
-}

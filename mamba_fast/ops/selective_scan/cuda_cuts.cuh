@@ -1,0 +1,67 @@
+// What passes from token to token, and where packed sequences let nothing pass.
+constexpr float SHUT = -1.f;  // a decay that says: a packed sequence starts in between, nothing passes
+
+// What the steps of a lane, a tile or several of them do to a state that comes from their left or to a flow that comes
+// from their right.
+struct Effect {
+  float decay, x;
+};
+
+template <bool CUT>
+__device__ __forceinline__ float pass(Effect effect, float state) {
+  return CUT && effect.decay == SHUT ? effect.x : fmaf(effect.decay, state, effect.x);
+}
+
+// Is token t the first one of a packed sequence?
+__device__ __forceinline__ bool starts_at(const int* seq, int t, int seqlen) {
+  return t < seqlen && (t > 0 ? seq[t] != seq[t - 1] : VARLEN);
+}
+
+// Where packed sequences start in the next AHEAD tiles of a warp: found for all of them at once, since one tile would
+// have to wait for its tokens' numbers. A lane holds 32 tokens, and WORDS lanes hold a tile.
+constexpr int WORDS = TILE / 32, AHEAD = 32 / WORDS;
+struct Starts {
+  int window;         // which AHEAD tiles; -1: none yet
+  uint32 word;
+  bool after;         // of the token behind the 32; where somebody wants to know (VARLEN)
+};
+
+__device__ __forceinline__ void find_starts(Starts& starts, const int* seq, int begin, int t0, int seqlen, const Place& w) {
+  const int window = (t0 - begin) / (AHEAD * BLOCK_L);
+  if (window == starts.window) return;
+  starts.window = window;
+  const int first = begin + window * AHEAD * BLOCK_L + w.part * TILE;
+  auto token = [&](int i) { return first + i / WORDS * BLOCK_L + i % WORDS * 32; };
+#pragma unroll 8
+  for (int i = 0; i < 32; i++) {
+    const uint32 word = __ballot_sync(~0u, starts_at(seq, token(i) + w.lane, seqlen));
+    if (i == w.lane) starts.word = word;
+  }
+  if (VARLEN) starts.after = starts_at(seq, token(w.lane) + 32, seqlen);
+}
+
+__device__ __forceinline__ Cuts find_cuts(const Starts& starts, int begin, int t0, int seqlen, const Place& w) {
+  const int tile = t0 - w.part * TILE - begin, place = tile / BLOCK_L % AHEAD * WORDS;
+  const int bit = w.j * STEPS % 32, word = place + w.j * STEPS / 32, t = t0 + w.j * STEPS;
+  const uint32 here = __shfl_sync(~0u, starts.word, word);
+  Cuts cut = {here >> bit & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, false, false, false};
+  const uint32 lanes_of_tile = (1u << (WORDS - 1) << 1) - 1;
+  const bool behind = VARLEN && starts.after && w.lane == place + WORDS - 1;
+  cut.any = __ballot_sync(~0u, starts.word != 0 || behind) >> place & lanes_of_tile;
+  if (VARLEN) {
+    const uint32 after = __shfl_sync(~0u, (uint32)starts.after, word);
+    cut.ends = cut.starts >> 1 | (bit + STEPS < 32 ? here >> (bit + STEPS) & 1 : after) << (STEPS - 1);
+    const int last = seqlen - 1 - t;
+    if (last >= 0 && last < STEPS) cut.ends |= 1u << last;
+    cut.any |= t0 + TILE >= seqlen;
+  }
+  if (!cut.any) return cut;
+  const uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
+  cut.begun = lanes << (31 - w.lane);
+  cut.to_begin = lanes >> (w.j * CHANNELS);
+  for (int r = 0; r < LANES; r++) {
+    if (w.j - r >= 0 && lanes >> ((w.j - r) * CHANNELS) & 1) cut.reach_left = min(cut.reach_left, r);
+    if (w.j + r < LANES && lanes >> ((w.j + r) * CHANNELS) & 1) cut.reach_right = min(cut.reach_right, r);
+  }
+  return cut;
+}
