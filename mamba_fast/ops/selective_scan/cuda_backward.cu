@@ -227,26 +227,33 @@ __device__ __forceinline__ Target find_target(const Params& p, const Block& k, i
   return {p.dB + k.dB_row + at, p.dC + k.dC_row + at};
 }
 
-__device__ __forceinline__ void add_matrices(const Target& target, float4 sum) {
-  if (!B_CONSTANT) add_global(target.dB, sum.x, sum.y);
-  if (!C_CONSTANT) add_global(target.dC, sum.z, sum.w);
+// In any order, or by the one thread that writes there.
+__device__ __forceinline__ void add_matrix(float* to, float first, float second, bool fresh) {
+  if (!ORDERED) {
+    add_global(to, first, second);
+  } else {
+    float2* own = reinterpret_cast<float2*>(to);
+    if (!fresh) first += own->x, second += own->y;
+    *own = make_float2(first, second);
+  }
 }
 
-// Ordered: dB and dC of `count` states from n on, summed over the warps; a thread takes one token of one of them. Where
-// the sums are not fresh they go onto those of the channels before.
+__device__ __forceinline__ void add_matrices(const Target& target, float4 sum, bool fresh) {
+  if (!B_CONSTANT) add_matrix(target.dB, sum.x, sum.y, fresh);
+  if (!C_CONSTANT) add_matrix(target.dC, sum.z, sum.w, fresh);
+}
+
+// Ordered: dB and dC of `count` states from n on, summed over the warps, a state a warp.
 __device__ __forceinline__ void add_group(const Params& p, const Block& k, const float4* parts, int n, int count, int t0, bool fresh) {
+  const int thread = thread_number(), m = thread / 32;
+  if (m >= count) return;
+  float4 sum = parts[thread];
 #pragma unroll
-  for (int i = thread_number(); i < 2 * TILE * GROUP; i += THREADS) {
-    const int m = i / (2 * TILE), of_C = i / TILE % 2, t = i % TILE;
-    if (m >= count || (of_C ? C_CONSTANT : B_CONSTANT)) continue;
-    const float* part = reinterpret_cast<const float*>(parts + m * 32 + t / 2) + 2 * of_C + t % 2;
-    float sum = *part;
-#pragma unroll
-    for (int v = 1; v < WARPS; v++) sum += part[v * GROUP * 128];
-    const Target target = find_target(p, k, n + m, t0 + t);
-    float* to = of_C ? target.dC : target.dB;
-    *to = fresh ? sum : *to + sum;
+  for (int v = 1; v < WARPS; v++) {
+    float4 one = parts[v * 32 * GROUP + thread];
+    sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
   }
+  add_matrices(find_target(p, k, n + m, t0 + 2 * (thread % 32)), sum, fresh);
 }
 
 // The sums over n become du, ddelta and dz of a lane's steps, and y where it is asked for. slots: u, delta, dy and z

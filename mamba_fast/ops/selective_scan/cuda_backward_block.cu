@@ -135,7 +135,7 @@ __device__ __forceinline__ void walk_states(const Params& p, float4* memory, con
     constants += 2;
     if (B_CONSTANT && C_CONSTANT) continue;
     if (!ORDERED) {
-      if (has_tokens(p, w, t0)) add_matrices(target, sum);
+      if (has_tokens(p, w, t0)) add_matrices(target, sum, fresh);
       target.dB += p.padded, target.dC += p.padded;
     } else {
       float4* parts = memory + ALL_PARTS + phase * PARTS_OF_A_GROUP;
