@@ -24,7 +24,7 @@ def main(arguments=None):
     options = parse(arguments)
     if options.name == "readme":
         return readme.main()
-    name = f"{options.name}-grid" if options.grid else options.name
+    name = f"{options.name}-{options.kind}" if options.kind else options.name
     bench = importlib.import_module(f"mamba_fast.bench.{name.replace('-', '_')}")
     device = torch.device(options.device)
     try:
@@ -50,12 +50,14 @@ def parse(arguments):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer", action="store_true", help="time the published kernel too, on a GPU")
     parser.add_argument("--backend", help="time this backend of ours alone")
-    parser.add_argument("--grid", action="store_true", help="scan: many shapes and lengths, not the table's")
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, what in (("grid", "many shapes and lengths, not the table's"), ("options", "what they cost")):
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=f"scan: {what}")
     parser.add_argument("--out", type=Path, help="default: docs/results/NAME-DEVICE.json")
     parser.add_argument("--figure", type=Path, help="default: beside the JSON file")
     options = parser.parse_args(arguments)
-    if options.grid and options.name != "scan":
-        parser.error("--grid: only scan has a grid")
+    if options.kind and options.name != "scan":
+        parser.error(f"--{options.kind}: of scan alone, got {options.name}")
     return options
 
 

@@ -20,6 +20,9 @@ COLORS = {
     "mamba_fast": "#009E73",
     "ours": "#009E73",
     "ours, all logits": "#56B4E9",
+    "seq_idx": "#E69F00",
+    "cu_seqlens": "#CC79A7",
+    "deterministic": "#882255",
     "transformers": "#CC79A7",
     "mamba.py": "#E69F00",
 }
@@ -32,6 +35,7 @@ TITLES = {
     "inner": "The block as one op: time over the limit of the scan and of memory",
     "attention": "Forward pass, width 1024, batch 1",
     "scan-grid": "Selective scan over shapes",
+    "scan-options": "Selective scan with options: time over the limit of the machine",
     "generation": "Generation: a token of every row over the bytes it must move, and tokens a second",
     "model": "Forward pass and training step",
 }

@@ -17,6 +17,7 @@ from mamba_fast.bench import (
     peers,
     scan,
     scan_grid,
+    scan_options,
     timing,
     update,
 )
@@ -27,6 +28,7 @@ CPU = torch.device("cpu")
 TINY = {
     scan: {"CPU_CASES": {"tiny": (2, 9, 33, 4)}},
     scan_grid: {"CPU_GRID": ((1,), (9,), (33, 65)), "CPU_LENGTHS": [32, 64], "LENGTH_SHAPE": (1, 9)},
+    scan_options: {"CPU_CASES": {"tiny": (2, 9, 33, 4), "tiny row": (1, 9, 33, 4)}},
     attention: {"CPU_LENGTHS": [32, 64], "HEADS": 2, "WIDTH": 16},
     conv: {"CPU_CASES": {"tiny": (2, 9, 33)}, "CPU_UPDATES": [(2, 9)]},
     update: {"CPU_CASES": {"tiny": (2, 0, 9, 4), "tiny heads": (2, 3, 5, 4)}},
@@ -38,6 +40,7 @@ SCANNED = "y du ddelta dA dB dC dD dz ddelta_bias"
 RUNS = {  # the tensors that each compares with the truth
     "scan": SCANNED,
     "scan --grid": SCANNED,
+    "scan --options": SCANNED,
     "attention": "y",
     "conv": "y dx dweight dbias",
     "update": "y state",
@@ -245,10 +248,11 @@ def test_what_cannot_be_imported_is_said_and_left_out(monkeypatch, capsys):
     assert (kernel.name, kernel.role, kernel.run) == ("published", "peer", mamba_fast.selective_scan_fn)
 
 
-def test_only_the_scan_has_a_grid(capsys):
+@pytest.mark.parametrize("kind", ["grid", "options"])
+def test_only_the_scan_has_several_benches(capsys, kind):
     with pytest.raises(SystemExit):
-        bench.main(["conv", "--grid"])
-    assert "--grid: only scan has a grid" in capsys.readouterr().err
+        bench.main(["conv", f"--{kind}"])
+    assert f"--{kind}: of scan alone, got conv" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

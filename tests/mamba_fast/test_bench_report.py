@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from mamba_fast.bench import attention, figure, report, scan_grid
+from mamba_fast.bench import attention, figure, report, scan_grid, scan_options
 
 
 def row(name, role, forward, backward=None, error=1e-3, case="a", dtype="bfloat16", **more):
@@ -53,6 +54,26 @@ def test_the_grid_finds_ratios_and_how_flat_time_is():
         grid += [row("cuda", "ours", time, time, **along), row("published", "peer", time, time, **along)]
     assert scan_grid.ratios(grid, "forward") == [(6, 2.0)]
     assert "cuda forward: 10% between lengths, time per element" in scan_grid.findings(grid)
+
+
+def test_the_cost_of_an_option_is_beside_the_same_call_without():
+    rows = [row("cuda", "ours", 2.0, 4.0), row("seq_idx", "other", 2.2, 5.0)]
+    assert scan_options.findings(rows) == [
+        "seq_idx, forward: +10% (a) to +10% (a)",
+        "seq_idx, backward: +25% (a) to +25% (a)",
+        "seq_idx, forward + backward: +20% (a) to +20% (a)",
+    ]
+
+
+def test_packed_rows_hold_sequences_of_one_length():
+    found = {
+        k.name: k.run.keywords for k in scan_options.with_options("torch", (1, 3, 8, 2), torch.device("cpu"))
+    }
+    assert found["cu_seqlens"]["cu_seqlens"].tolist() == [0, 2, 4, 6, 8]
+    assert found["seq_idx"]["seq_idx"].tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    assert "cu_seqlens" not in {
+        k.name for k in scan_options.with_options("torch", (2, 3, 8, 2), torch.device("cpu"))
+    }
 
 
 def test_attention_is_compared_with_its_best_kind():
