@@ -116,7 +116,10 @@ def main(architectures):
         for case in cases():
             compile_calls(case, arch, compiled)
     for case in cases_of_one_architecture():
-        compile_calls(case, architectures[1:2][0], compiled)
+        compile_calls(case, architectures[1], compiled)
+    for dtype in (torch.float32, torch.bfloat16):  # with the least shared memory
+        for d_state in (128, 256):
+            compile_calls((dtype, d_state, "none", 8192, 2048), architectures[-1], compiled)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SEQ_IDX = torch.cat(
 ).long()
 FEW = (8, 16, 4, 1, 2048, 4, 1)  # 8 lanes of 16 tokens: tiles of 128
 PLAIN = (8, 8, 4, 1, 1024, 4, 1)  # the backward's with every warp on channels of its own
+NEEDS = {"IO": 2, "N": 16, "HAS_Z": 1, "B_CONSTANT": 0, "C_CONSTANT": 0, "ORDERED": 1, "BUFFERS": 1}
 CU_SEQLENS = torch.tensor([0, 10, 10, 128, 129, 512, 600, 1328])
 
 
@@ -56,7 +57,7 @@ FORWARD = sorted(
 )
 BACKWARD = [
     *dict.fromkeys(cuda_plan.BACKWARD.values()),
-    (8, 8, 4, 1, 512, 4, 1),
+    *cuda_plan._LAST,
     (8, 8, 4, 1, 1024, 3, 2),
     (8, 8, 4, 2, 512, 3, 1),
 ]
@@ -119,11 +120,11 @@ def test_a_sequence_cut_into_stretches(cut, packing, B, C):
     check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(cuda_plan.ORDERED.values()))
+@pytest.mark.parametrize("kind", dict.fromkeys([*cuda_plan.ORDERED.values(), *cuda_plan._LAST]))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups, kind):
     cut(FEW, PLAIN)
-    monkeypatch.setattr(cuda_plan, "cut_ordered", lambda size, _: cuda_plan._cut(*kind, (0, 0), *size))
+    monkeypatch.setattr(cuda_plan, "cut_ordered", lambda size, *_: cuda_plan._cut(*kind, (0, 0), *size))
     monkeypatch.setattr(cuda_plan, "passes", lambda *args: 3)
     inputs = scan_inputs(3, 2, 70, 40, 2, groups=groups)
 
@@ -162,18 +163,40 @@ def test_few_rows_are_cut_into_stretches(monkeypatch, cut, rows, forward, backwa
     cuda_plan._cut.cache_clear()
     size = (1, rows, 16384, rows, torch.device("cpu"))
     assert (cuda_plan.cut_forward(size).stretches > 1) == forward
-    assert (cuda_plan.cut_backward(size).stretches > 1) == backward
+    assert (cuda_plan.cut_backward(size, NEEDS).stretches > 1) == backward
 
 
 @pytest.mark.parametrize("rows, seqlen", [(128, 4096), (384, 2048), (1024, 1024), (24576, 2048)])
 def test_a_chip_with_less_shared_memory_gets_smaller_blocks(monkeypatch, cut, rows, seqlen):
     cpu = torch.device("cpu")
     size = (1, rows, seqlen, rows, cpu)
-    cuts = cuda_plan.cut_forward, cuda_plan.cut_backward, cuda_plan.cut_ordered
-    assert max(choose(size).warps for choose in cuts) > 4
+
+    def warps():
+        return [
+            cuda_plan.cut_forward(size).warps,
+            cuda_plan.cut_backward(size, NEEDS).warps,
+            cuda_plan.cut_ordered(size, NEEDS).warps,
+        ]
+
+    assert max(warps()) > 4
     monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: 99 * 1024)
-    for choose in cuts:
-        assert choose(size).warps == 4
+    assert warps() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+@pytest.mark.parametrize("rows, seqlen", [(4, 500), (300, 3000), (2000, 2000), (20000, 2000)])
+def test_the_backward_of_any_number_of_states_has_room_on_any_chip(monkeypatch, kilobytes, rows, seqlen):
+    limit = kilobytes * 1024
+    monkeypatch.setattr(cuda_plan, "shared_limit", lambda device: limit)
+    cuda_plan._cut.cache_clear()
+    size = (1, rows, seqlen, rows, torch.device("cpu"))
+    for d_state in (1, 16, 64, 65, 200, 256):
+        for io, constant in ((0, 1), (2, 0)):
+            needs = NEEDS | {"N": d_state, "IO": io, "B_CONSTANT": constant, "C_CONSTANT": constant}
+            for choose in (cuda_plan.cut_backward, cuda_plan.cut_ordered):
+                macros = needs | {"STAGE": 0}
+                cut, macros = cuda_plan.fit("scan_backward", choose(size, needs), macros, size[-1])
+                assert cuda_plan.shared_bytes("scan_backward", cut, macros) <= limit
 
 
 def test_too_many_states_are_refused_by_name():

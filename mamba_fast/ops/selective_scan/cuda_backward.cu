@@ -5,7 +5,7 @@
 
 static_assert(LANES == 8 && STEPS == 8, "the sums of a warp over its channels are a fragment of a matrix product");
 static_assert(ALONG == 1 || !ORDERED, "ordered sums are over warps that hold the same tokens");
-constexpr int GROUP = WARPS > 4 ? 2 : 4;             // ordered sums: states between two barriers
+constexpr int GROUP = WARPS > 4 ? 2 : WARPS;         // ordered sums: states between two barriers
 constexpr int TENSORS = 3 + HAS_Z;
 constexpr int SHARES = N <= 64 ? LANES : 1;          // places of a channel for dA: one a lane where there is room
 

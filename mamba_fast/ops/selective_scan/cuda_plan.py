@@ -114,24 +114,37 @@ ORDERED = {
 _SHARED_OF_MANY_WARPS = 200 * 1024  # bytes a block may have, for blocks of more than four warps
 
 
+# Where many states leave no room for more warps.
+_LAST = ((8, 8, 2, 1, 512, 8, 1), (8, 8, 1, 1, 256, 16, 1))
+
+
 def cut_forward(size, roomy=False):
     """size: batch, channels, seqlen, span, device. roomy: threads take more registers than usual."""
-    return _cut(*_kind(FORWARD, size, roomy), _STRETCHED_FORWARD, *size)
+    return _cut(*next(_kinds(FORWARD, size, roomy)), _STRETCHED_FORWARD, *size)
 
 
-def cut_backward(size, roomy=False):
-    return _cut(*_kind(BACKWARD, size, roomy), _STRETCHED_BACKWARD, *size)
+def cut_backward(size, needs, roomy=False):
+    """needs: see :func:`needs`."""
+    return _that_fits((*_kinds(BACKWARD, size, roomy), *_LAST), size, needs)
 
 
-def cut_ordered(size, roomy=False):
-    return _cut(*_kind(ORDERED, size, roomy), _STRETCHED_BACKWARD, *size)
+def cut_ordered(size, needs, roomy=False):
+    return _that_fits((*_kinds(ORDERED, size, roomy), *_LAST), size, needs)
 
 
-def _kind(table, size, roomy):
+def _kinds(table, size, roomy):
+    """The rows of a table that a size may take, the best one first."""
     batch, channels, seqlen, _, device = size
     few_warps = roomy or shared_limit(device) < _SHARED_OF_MANY_WARPS
-    fits = ((r, t) for r, t in table if batch * channels >= r and seqlen >= t)
-    return next(table[least] for least in fits if not (few_warps and table[least][2] > 4))
+    for (rows, tokens), kind in table.items():
+        if batch * channels >= rows and seqlen >= tokens and not (few_warps and kind[2] > 4):
+            yield kind
+
+
+def _that_fits(kinds, size, needs):
+    cuts = (_cut(*kind, _STRETCHED_BACKWARD, *size) for kind in kinds)
+    limit = shared_limit(size[-1])
+    return next(cut for cut in cuts if shared_bytes("scan_backward", cut._replace(stage=1), needs) <= limit)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,7 +201,7 @@ def shared_bytes(entry, cut, defines):
         return block + 2 * buffers * matrix + 2 * raw + 3 * slots + cut.block_d * row * 8 + effects
     if entry == "scan_summary":
         return block + matrix + raw + cut.block_d * row * 8
-    parts = 64 * 16 + (2 * (2 if cut.warps > 4 else 4) * threads * 16 if defines["ORDERED"] else 0)
+    parts = 64 * 16 + (2 * (2 if cut.warps > 4 else cut.warps) * threads * 16 if defines["ORDERED"] else 0)
     shares = cut.lanes if n <= 64 else 1
     seats = channels * cut.warps
     constants = 8 * seats * n if defines["B_CONSTANT"] or defines["C_CONSTANT"] else 0
@@ -237,6 +250,14 @@ def defines(
         "C_CONSTANT": int(is_constant(C, u)), "PACKED": int(packed), "VARLEN": int(varlen),
         "KEEP": int(keep), "REVERSE": int(reverse), "ORDERED": ordered, "BUFFERS": buffers,
         "BIG_STRIDES": int(big),
+    }  # fmt: skip
+
+
+def needs(io, N, B, C, u, has_z, ordered):
+    """Those that a backward's shared memory depends on."""
+    return {
+        "IO": _IO[io], "N": N, "HAS_Z": int(has_z), "B_CONSTANT": int(is_constant(B, u)),
+        "C_CONSTANT": int(is_constant(C, u)), "ORDERED": int(ordered), "BUFFERS": 1,
     }  # fmt: skip
 
 

@@ -144,7 +144,9 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     size = batch, channels, seqlen, plan.spans(u, B, C)[2], device
     # Tables of states, sums in two parts, and where sequences start between warps take registers.
     wide_sums = io == torch.float32
-    cut = plan.cut_ordered(size, packed or wide_sums) if ordered else plan.cut_backward(size, packed)
+    needs = plan.needs(io, A.shape[1], B, C, u, z is not None, ordered)
+    choose, roomy = (plan.cut_ordered, packed or wide_sums) if ordered else (plan.cut_backward, packed)
+    cut = choose(size, needs, roomy)
     if varlen or wide_sums or (packed and (ordered or cut.along > 1)):
         cut = cut._replace(min_blocks=min(cut.min_blocks, 12 // cut.warps))
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
