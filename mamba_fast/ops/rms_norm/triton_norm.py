@@ -230,7 +230,7 @@ def norm_backward_kernel(
         dy = _pieces_of(dy_ptr, dy_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
         ds = _pieces_of(ds_ptr, ds_stride, rows, mask_rows, WIDTH, ROWS, BLOCK, BLOCKS)
         rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)[:, None]
-        mean = 0.0 * rstd
+        mean = tl.zeros((ROWS, 1), tl.float32)
         if not RMS:
             mean = tl.load(mean_ptr + rows, mask=mask_rows, other=0.0)[:, None]
         x_hat, along = (), tl.zeros((ROWS, BLOCK), tl.float32)
