@@ -51,7 +51,11 @@ def parse(arguments):
     parser.add_argument("--peer", action="store_true", help="time the published kernel too, on a GPU")
     parser.add_argument("--backend", help="time this backend of ours alone")
     kinds = parser.add_mutually_exclusive_group()
-    for kind, what in (("grid", "many shapes and lengths, not the table's"), ("options", "what they cost")):
+    described = (
+        ("grid", "many shapes and lengths, not the table's"),
+        ("options", "what packed rows and sums in one order cost"),
+    )
+    for kind, what in described:
         kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=f"scan: {what}")
     parser.add_argument("--out", type=Path, help="default: docs/results/NAME-DEVICE.json")
     parser.add_argument("--figure", type=Path, help="default: beside the JSON file")

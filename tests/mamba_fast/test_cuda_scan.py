@@ -109,6 +109,16 @@ def test_every_cut_of_packed_rows(cut, kinds, packing):
     check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
 
 
+@pytest.mark.parametrize("stretched", [False, True])
+def test_long_packed_rows_by_warps_one_behind_the_other(cut, stretched):
+    """More tokens than a warp looks ahead for starts."""
+    cut((8, 16, 8, 8, 4096, 2, 1), (8, 8, 8, 8, 2048, 2, 1), stretched)
+    edges = torch.tensor([700, 701, 3000, 4096, 8191, 8300])
+    seq_idx = torch.bucketize(torch.arange(9000), edges, right=True)[None]
+    inputs = scan_inputs(9, 1, 3, 9000, 1, initial_state=False)
+    check_agrees(inputs, "cuda", device=DEVICE, packing={"seq_idx": seq_idx})
+
+
 @pytest.mark.parametrize("packing", [{}, {"seq_idx": SEQ_IDX[None]}, {"cu_seqlens": CU_SEQLENS}])
 @pytest.mark.parametrize("B, C", [("variable", "grouped"), ("constant", "variable")])
 def test_a_sequence_cut_into_stretches(cut, packing, B, C):

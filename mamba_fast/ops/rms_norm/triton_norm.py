@@ -17,8 +17,10 @@ from mamba_fast.ops.triton_launch import Launch, looks, named
 _FORWARD_TILE = 2048  # numbers a program, if more than one row fits
 _FORWARD_THREAD = 16  # numbers a thread
 _BACKWARD_TILE = 2048  # the same of the backward, of rows filled up to a power of two
-_BACKWARD_THREAD = 32  # numbers a thread at most, if four warps are not enough
-_PIECES = 8  # of such a row: a width that is no power of two leaves out whole pieces, and no thread idles
+_BACKWARD_THREAD = 32  # numbers a thread where more than four warps are needed, up to _WARPS
+_PIECES = (
+    8  # of such a row: a width that is no power of two leaves out whole pieces, so that few threads idle
+)
 _PROGRAMS_A_MULTIPROCESSOR = 3  # of the backward
 _WARPS = 32  # at most
 

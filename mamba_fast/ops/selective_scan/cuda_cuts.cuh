@@ -40,8 +40,9 @@ __device__ __forceinline__ void find_starts(Starts& starts, const int* seq, int 
   if (VARLEN) starts.after = starts_at(seq, token(w.lane) + 32, seqlen);
 }
 
+// t0: the first token of the warp's tile.
 __device__ __forceinline__ Cuts find_cuts(const Starts& starts, int begin, int t0, int seqlen, const Place& w) {
-  const int tile = t0 - w.part * TILE - begin, place = tile / BLOCK_L % AHEAD * WORDS;
+  const int distance = t0 - w.part * TILE - begin, place = distance / BLOCK_L % AHEAD * WORDS;
   const int bit = w.j * STEPS % 32, word = place + w.j * STEPS / 32, t = t0 + w.j * STEPS;
   const uint32 here = __shfl_sync(~0u, starts.word, word);
   Cuts cut = {here >> bit & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, false, false, false};

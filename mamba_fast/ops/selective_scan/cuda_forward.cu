@@ -16,7 +16,7 @@ constexpr float FAR = 1e30f, LEAST = -1e-20f, LARGEST = 3e38f;
 
 // Then the shared memory of a block holds delta, u and z of each warp, (A log2 e, running state) of each channel and n,
 // and with ALONG > 1, twice, the effect of each warp's tile on each channel.
-constexpr int RUNNING = ROWS + 3 * SLOTS * WARPS, EFFECTS = BLOCK_D * ROW_A;
+constexpr int RUNNING = ROWS + 3 * SLOTS * WARPS, EFFECTS_BEHIND = BLOCK_D * ROW_A;
 
 // The state that enters a lane's steps, from what its steps and those of the lanes to its left do to one.
 template <bool CUT>
@@ -26,7 +26,7 @@ __device__ __forceinline__ float enter_lane(float h, float decay, float2* runnin
   if (CUT && cut.begun) decay = SHUT;
   if (w.j == LANES - 1) effects[w.part * BLOCK_D + w.local] = {decay, h};
   const Effect left = {from_left(decay, 1.f, CHANNELS), from_left(h, 0.f, CHANNELS)};
-  __syncthreads();
+  __syncthreads();  // a warp with cuts comes here from another copy of this code: both make as many barriers
   float enter = carry;
 #pragma unroll
   for (int v = 0; v < ALONG - 1; v++) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
   const float4* rows[QUADS];
 #pragma unroll
   for (int q = 0; q < QUADS; q++) rows[q] = matrices + place_of(q, w.j, w.part);
-  Effect* effects = reinterpret_cast<Effect*>(running + EFFECTS - w.local * ROW_A);
+  Effect* effects = reinterpret_cast<Effect*>(running + EFFECTS_BEHIND - w.local * ROW_A);
   running += n0;
   const int64 at = ((int64)w.b * p.chunks + t / CHUNK) * p.channels + w.d, table_row = (int64)p.channels * N;
   float* states = KEEP ? p.states + at * N + n0 : nullptr;

@@ -13,11 +13,11 @@ CHUNK = 64  # tokens between saved states, as in cuda_tiles.cuh
 # Over dB and dC in bfloat16: a number whose digits are cut off behind the eleventh is so much too small.
 KEPT = 1.00035
 _FOLDER = Path(__file__).parent
-_SHARED = ("cuda_machine.cuh", "cuda_tiles.cuh", "cuda_cuts.cuh")
+_COMMON = ("cuda_machine.cuh", "cuda_tiles.cuh", "cuda_cuts.cuh")
 SOURCES = {
-    "scan_forward": [_FOLDER / name for name in (*_SHARED, "cuda_forward.cu")],
-    "scan_backward": [_FOLDER / name for name in (*_SHARED, "cuda_backward.cu", "cuda_backward_block.cu")],
-    "scan_summary": [_FOLDER / name for name in (*_SHARED, "cuda_summary.cu")],
+    "scan_forward": [_FOLDER / name for name in (*_COMMON, "cuda_forward.cu")],
+    "scan_backward": [_FOLDER / name for name in (*_COMMON, "cuda_backward.cu", "cuda_backward_block.cu")],
+    "scan_summary": [_FOLDER / name for name in (*_COMMON, "cuda_summary.cu")],
 }
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -78,7 +78,7 @@ def spans(u, B, C):
 
 # {(rows of B * D, tokens), at least: the first fields of Cut}. Many rows: few lanes each, so that B and C
 # serve several channels and the scan is short. Few rows: warps stand one behind the other, so that there are
-# enough of them, on as many multiprocessors as there are. No tile is much wider than a sequence. The backward
+# enough of them, on as many multiprocessors as there are. Short sequences get narrower tiles. The backward
 # sums over the four channels of a warp by one product, so its lanes and steps are fixed.
 FORWARD = {
     (12288, 129): (8, 16, 8, 1, 2048, 2, 1),
@@ -124,7 +124,7 @@ def cut_forward(size, roomy=False):
 
 
 def cut_backward(size, needs, roomy=False):
-    """needs: see :func:`needs`."""
+    """needs: see :func:`needs_of`."""
     return _that_fits((*_kinds(BACKWARD, size, roomy), *_LAST), size, needs)
 
 
@@ -177,24 +177,24 @@ def fit(entry, cut, macros, device):
 def passes(d_state):
     """Groups of channels a block takes in turn in ordered mode, where it has a slot for dB and dC.
 
-    One, unless the slots, N / 8 bytes per (b, d, t), would be more than du is.
+    One below 64 states; then as many as keep the slots, N / 4 bytes per (b, d, t) with eight warps, near 8.
     """
     return max(1, min(8, d_state // 32))
 
 
 def shared_bytes(entry, cut, defines):
-    """Bytes of shared memory of a block; the layouts stand in the kernels' `lay_out`."""
+    """Bytes of shared memory of a block; the layouts stand in the .cu files."""
     n, size, buffers = defines["N"], 4 if defines["IO"] == 0 else 2, defines["BUFFERS"]
     threads, channels, wide = 32 * cut.warps, 32 // cut.lanes, 16 // size
     staged = min(max(cut.stage // cut.tile, 1), n)
     matrix, block = staged * cut.tile * 4, 128
     row_parts = cut.tile // wide
     rows_a_pass = max(1, threads // row_parts)
-    passes = -(-staged // rows_a_pass) * (rows_a_pass * row_parts // threads)
+    row_passes = -(-staged // rows_a_pass) * (rows_a_pass * row_parts // threads)
     parts_a_lane = cut.steps // wide
     near = 8 // min(channels, 8) * parts_a_lane
     pitch = cut.lanes * parts_a_lane + (0 if channels == 1 else near if near < 8 else 1)
-    raw, slots = passes * threads * 16, channels * pitch * cut.warps * 16
+    raw, slots = row_passes * threads * 16, channels * pitch * cut.warps * 16
     row = n + (channels > 1)
     effects = 2 * cut.warps * channels * 8 if cut.along > 1 else 0
     if entry == "scan_forward":
@@ -253,7 +253,7 @@ def defines(
     }  # fmt: skip
 
 
-def needs(io, N, B, C, u, has_z, ordered):
+def needs_of(io, N, B, C, u, has_z, ordered):
     """Those that a backward's shared memory depends on."""
     return {
         "IO": _IO[io], "N": N, "HAS_Z": int(has_z), "B_CONSTANT": int(is_constant(B, u)),

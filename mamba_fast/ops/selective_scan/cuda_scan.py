@@ -142,9 +142,10 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     u, delta, z, dy, du, ddelta, dz, y, A, B, C = looks
     batch, channels, seqlen = u.shape
     size = batch, channels, seqlen, plan.spans(u, B, C)[2], device
-    # Tables of states, sums in two parts, and where sequences start between warps take registers.
+    # Tables of states, sums in two parts, and where sequences start (between warps, or beside ordered sums)
+    # take registers.
     wide_sums = io == torch.float32
-    needs = plan.needs(io, A.shape[1], B, C, u, z is not None, ordered)
+    needs = plan.needs_of(io, A.shape[1], B, C, u, z is not None, ordered)
     choose, roomy = (plan.cut_ordered, packed or wide_sums) if ordered else (plan.cut_backward, packed)
     cut = choose(size, needs, roomy)
     if varlen or wide_sums or (packed and (ordered or cut.along > 1)):

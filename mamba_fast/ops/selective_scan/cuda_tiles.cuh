@@ -69,7 +69,7 @@ __device__ __forceinline__ void find_block(const Params& p, int pass, float4* me
 
 // Where a thread works in its block. Cheap to find again: see thread_number.
 struct Place {
-  int lane, warp, part, j, c, b, d_warp, local, seat, d, rows;  // part: of the tiles side by side; rows: channels it has from d_warp on
+  int lane, warp, part, j, c, b, d_warp, local, seat, d, rows;  // part: which of ALONG tiles; rows: channels it has from d_warp on
   bool here;                                        // this lane's channel exists
 };
 
