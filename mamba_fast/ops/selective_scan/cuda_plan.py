@@ -109,11 +109,9 @@ ORDERED = {
     (12288, 0): (8, 8, 8, 1, 1024, 2, 1),
     (2048, 0): (8, 8, 4, 1, 1024, 4, 1),
     (0, 1): (8, 8, 8, 1, 1024, 2, 1),
-    (0, 0): (8, 8, 4, 1, 1024, 4, 1),
+    (0, 0): (8, 8, 4, 1, 1024, 4, 1),  # where eight warps are too many
 }
 _SHARED_OF_MANY_WARPS = 200 * 1024  # bytes a block may have, for blocks of more than four warps
-
-
 # Where many states leave no room for more warps.
 _LAST = ((8, 8, 2, 1, 512, 8, 1), (8, 8, 1, 1, 256, 16, 1))
 
