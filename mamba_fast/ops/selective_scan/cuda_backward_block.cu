@@ -175,7 +175,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
 #pragma unroll 1
   for (; t0 >= k.begin; t0 -= BLOCK_L) {
     Steps steps;
-    if (PACKED) find_starts(starts, p.seq + (int64)k.b * p.seqlen, k.begin, t0, p.seqlen, find_place(p, k));
+    if (PACKED) find_starts(starts, p, k.begin, t0, find_place(p, k));
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
       const Place w = find_place(p, k);

@@ -17,8 +17,8 @@ __device__ __forceinline__ bool starts_at(const int* seq, int t, int seqlen) {
   return t < seqlen && (t > 0 ? seq[t] != seq[t - 1] : VARLEN);
 }
 
-// Where packed sequences start in the next AHEAD tiles of a warp: found for all of them at once, since one tile would
-// have to wait for its tokens' numbers. A lane holds 32 tokens, and WORDS lanes hold a tile.
+// Where packed sequences start in the next AHEAD tiles of a warp: read for all of them at once, from the bits that
+// scan_starts has written. A lane holds 32 tokens, and WORDS lanes hold a tile.
 constexpr int WORDS = TILE / 32, AHEAD = 32 / WORDS;
 struct Starts {
   int window;         // which AHEAD tiles; -1: none yet
@@ -26,18 +26,14 @@ struct Starts {
   bool after;         // of the token behind the 32; where somebody wants to know (VARLEN)
 };
 
-__device__ __forceinline__ void find_starts(Starts& starts, const int* seq, int begin, int t0, int seqlen, const Place& w) {
+__device__ __forceinline__ void find_starts(Starts& starts, const Params& p, int begin, int t0, const Place& w) {
   const int window = (t0 - begin) / (AHEAD * BLOCK_L);
   if (window == starts.window) return;
   starts.window = window;
-  const int first = begin + window * AHEAD * BLOCK_L + w.part * TILE;
-  auto token = [&](int i) { return first + i / WORDS * BLOCK_L + i % WORDS * 32; };
-#pragma unroll 8
-  for (int i = 0; i < 32; i++) {
-    const uint32 word = __ballot_sync(~0u, starts_at(seq, token(i) + w.lane, seqlen));
-    if (i == w.lane) starts.word = word;
-  }
-  if (VARLEN) starts.after = starts_at(seq, token(w.lane) + 32, seqlen);
+  const int tile = begin + (window * AHEAD + w.lane / WORDS) * BLOCK_L + w.part * TILE, word = tile / 32 + w.lane % WORDS;
+  const uint32* row = p.starts + (int64)w.b * p.words;
+  starts.word = word < p.words ? row[word] : 0;
+  if (VARLEN) starts.after = word + 1 < p.words && row[word + 1] & 1;
 }
 
 // t0: the first token of the warp's tile.

@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   for (int t0 = k.begin; t0 < k.end; t0 += BLOCK_L) {
     float delta[STEPS], du[STEPS], y[STEPS], total;
     const bool more = t0 + BLOCK_L < k.end;
-    if (PACKED) find_starts(starts, p.seq + (int64)k.b * p.seqlen, k.begin, t0, p.seqlen, find_place(p, k));
+    if (PACKED) find_starts(starts, p, k.begin, t0, find_place(p, k));
 #pragma unroll 1
     for (int n0 = 0; n0 < N; n0 += STAGED) {
       const Place w = find_place(p, k);

@@ -8,7 +8,7 @@ from mamba_fast.ops.selective_scan import cuda_plan as plan
 
 # In the order of struct Params in cuda_tiles.cuh.
 _POINTERS = (
-    "u delta B C z dy B_constant C_constant A D bias enter leave table dlast seq y du ddelta dz last "
+    "u delta B C z dy B_constant C_constant A D bias enter leave table dlast seq starts y du ddelta dz last "
     "states local total dA dB dC dD dbias dfirst dtable"
 ).split()
 _ROWS = ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz")
@@ -16,7 +16,7 @@ _STRIDES = [f"{t}_{axis}" for t in _ROWS for axis in "bdl"] + (
     "A_d A_n B_b B_g B_n B_l C_b C_g C_n C_l dB_slot dC_slot".split()
 )
 _INTEGERS = (
-    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch"
+    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch words"
 ).split()
 _HEAD = struct.Struct(f"{len(_POINTERS)}q")
 _TAIL = struct.Struct(f"{len(_STRIDES)}q{len(_INTEGERS)}i{4 * (len(_INTEGERS) % 2)}x")
@@ -38,9 +38,10 @@ class Launch:
     """One kernel with everything but the addresses; call it with {name of a pointer: tensor or None}."""
 
     def __init__(self, entry, cut, macros, statics, grid, threads=None, *, device):
-        if entry != "scan_chain":
+        shared = 0
+        if threads is None:  # a kernel that works on tiles
             cut, macros = plan.fit(entry, cut, macros, device)
-        shared = 0 if entry == "scan_chain" else plan.shared_bytes(entry, cut, macros)
+            shared = plan.shared_bytes(entry, cut, macros)
         self.kernel = nvrtc.Kernel.load(plan.SOURCES[entry], macros, entry, shared, device=device.index)
         self.tail = _TAIL.pack(*(statics.get(name, 0) for name in (*_STRIDES, *_INTEGERS)))
         self.grid, self.threads = grid, threads or 32 * cut.warps

@@ -33,6 +33,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq, softplus, v
         "table": table, "seq": seq, "y": y, "last": last, "states": states,
         "enter": None if varlen else table,
     }  # fmt: skip
+    given["starts"] = _find_starts(calls, seq)
     if calls.summary:
         given["enter"] = _enter_stretches(calls, given, device, "states")
     calls.main(given)
@@ -63,6 +64,7 @@ def backward(
         "u": u, "delta": delta, "A": A, calls.B: B, calls.C: C, "D": D, "z": z, "bias": delta_bias,
         "table": table, "seq": seq, "dy": dy, "dlast": dlast, "leave": None if varlen else dlast,
     }  # fmt: skip
+    given["starts"] = _find_starts(calls, seq)
     if calls.summary:
         given["leave"] = _enter_stretches(calls, given | {"table": None}, u.device, "dtable")
     given |= sums
@@ -79,6 +81,15 @@ def _contiguous(*tensors):
 
 def _empty(device, *shape):
     return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _find_starts(calls, seq):
+    """(B, words) bits of the tokens with which a packed sequence starts; None where rows are not packed."""
+    if not calls.starts:
+        return None
+    starts = torch.empty(calls.words, dtype=torch.int32, device=seq.device)
+    calls.starts({"seq": seq, "starts": starts})
+    return starts
 
 
 def _enter_stretches(calls, given, device, result):
@@ -103,7 +114,13 @@ class _Calls:
         self.stretches = (batch, cut.stretches, channels, macros["N"])
         prepare = functools.partial(Launch, device=device)
         self.main = prepare(entry, cut, macros, statics, batch * cut.stretches * blocks)
-        self.summary = self.chain = None
+        self.summary = self.chain = self.starts = None
+        if macros["PACKED"]:
+            same = {"N": 1, "LANES": 8, "STEPS": 8, "WARPS": 4, "ALONG": 1, "STAGE": 64, "UNROLL": 1, "MIN_BLOCKS": 1}
+            same |= {"KEEP": 0, "ORDERED": 0, "REVERSE": 0, "BUFFERS": 1}  # one kernel for all cuts
+            words_grid = -(-batch * statics["words"] * 32 // 128)
+            self.starts = prepare("scan_starts", cut, macros | same, statics, words_grid, threads=128)
+            self.words = batch, statics["words"]
         if cut.stretches > 1:
             cut = cut.abreast(channels)
             macros = macros | {"REVERSE": int(reverse), "ALONG": 1, "UNROLL": 1, "KEEP": 0, "ORDERED": 0}
@@ -176,7 +193,7 @@ def _statics(cut, u, A, B, C):
     statics = {
         "A_d": A.strides[0], "A_n": A.strides[1], "channels": channels, "seqlen": seqlen, "span": span,
         "B_span": B_span, "C_span": C_span, "passes": 1, "stretch": cut.stretch, "stretches": cut.stretches,
-        "batch": batch,
+        "batch": batch, "words": -(-seqlen // 32) + 1,
     }  # fmt: skip
     statics |= _blocks(cut)
     for name, v in (("B", B), ("C", C)):

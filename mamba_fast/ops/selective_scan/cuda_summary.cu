@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(c
   for (int i = 0; i < tiles; i++) {
     const int t0 = first_of(i), t = t0 + w.j * STEPS, left = w.here ? seqlen - t : 0;
     float delta[STEPS], x[STEPS], total = 0;
-    if (PACKED) find_starts(starts, p.seq + (int64)w.b * seqlen, begin, t0, seqlen, w);
+    if (PACKED) find_starts(starts, p, begin, t0, w);
     const Cuts cut = PACKED ? find_cuts(starts, begin, t0, seqlen, w) : Cuts{};
     load_row(row_of(block.delta, p.delta_d, w.d) + steps_of(t, p.delta_l), p.delta_l, left, delta);
     if (REVERSE) load_row(row_of(block.dy, p.dy_d, w.d) + steps_of(t, p.dy_l), p.dy_l, left, x);

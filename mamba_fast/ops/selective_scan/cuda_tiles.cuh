@@ -8,12 +8,13 @@ struct Params {
   const io_t *u, *delta, *B, *C, *z, *dy;
   const float *B_constant, *C_constant, *A, *D, *bias, *enter, *leave, *table, *dlast;
   const int* seq;
+  const uint32* starts;
   io_t *y, *du, *ddelta, *dz;
   float *last, *states, *local, *total, *dA, *dB, *dC, *dD, *dbias, *dfirst, *dtable;
   int64 u_b, u_d, u_l, delta_b, delta_d, delta_l, z_b, z_d, z_l, dy_b, dy_d, dy_l, y_b, y_d, y_l;
   int64 du_b, du_d, du_l, ddelta_b, ddelta_d, ddelta_l, dz_b, dz_d, dz_l;
   int64 A_d, A_n, B_b, B_g, B_n, B_l, C_b, C_g, C_n, C_l, dB_slot, dC_slot;
-  int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch;
+  int channels, seqlen, span, B_span, C_span, blocks, blocks_a_span, passes, chunks, stretch, stretches, padded, batch, words;
 };
 
 constexpr int CHANNELS = 32 / LANES, TILE = LANES * STEPS, BLOCK_L = TILE * ALONG, BLOCK_D = CHANNELS * WARPS / ALONG,
