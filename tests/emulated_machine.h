@@ -77,6 +77,11 @@ static uint32 __ballot_sync(uint32, bool v) {
   for (int i = 0; i < 32; i++) all |= mailbox[parity][base + i] << i;
   return all;
 }
+static int __popc(uint32 v) { return __builtin_popcount(v); }
+static int __reduce_max_sync(uint32, int v) {
+  for (int hop = 1; hop < 32; hop *= 2) v = max(v, (int)__shfl_sync(~0u, v, threadIdx.x % 32 ^ hop));
+  return v;
+}
 static int __ffs(uint32 v) { return __builtin_ffs(v); }
 static bool __any_sync(uint32 m, bool v) { return __ballot_sync(m, v) != 0; }
 static void atomicAdd(float* to, float v) { *to += v; }

@@ -41,7 +41,7 @@ __device__ __forceinline__ Cuts find_cuts(const Starts& starts, int begin, int t
   const int distance = t0 - w.part * TILE - begin, place = distance / BLOCK_L % AHEAD * WORDS;
   const int bit = w.j * STEPS % 32, word = place + w.j * STEPS / 32, t = t0 + w.j * STEPS;
   const uint32 here = __shfl_sync(~0u, starts.word, word);
-  Cuts cut = {here >> bit & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, false, false, false};
+  Cuts cut = {here >> bit & ((1u << STEPS) - 1), 0, w.j, LANES - 1 - w.j, 0, false, false, false};
   const uint32 lanes_of_tile = (1u << (WORDS - 1) << 1) - 1;
   const bool behind = VARLEN && starts.after && w.lane == place + WORDS - 1;
   cut.any = __ballot_sync(~0u, starts.word != 0 || behind) >> place & lanes_of_tile;
@@ -53,6 +53,7 @@ __device__ __forceinline__ Cuts find_cuts(const Starts& starts, int begin, int t
     cut.any |= t0 + TILE >= seqlen;
   }
   if (!cut.any) return cut;
+  if (VARLEN) cut.most = __reduce_max_sync(~0u, max(__popc(cut.starts), __popc(cut.ends)));
   const uint32 lanes = __ballot_sync(~0u, cut.starts != 0);  // the same for all channels of the warp
   cut.begun = lanes << (31 - w.lane);
   cut.to_begin = lanes >> (w.j * CHANNELS);

@@ -49,9 +49,10 @@ __device__ __forceinline__ float run_selecting(const Run& run, uint32 starts, fl
 }
 
 // Where a sequence starts among a lane's steps, what its first state gives: one start of each lane at a time.
-__device__ __forceinline__ void add_first_states(Run& run, uint32 starts, const float* table, const int* seq, int64 row) {
+__device__ __forceinline__ void add_first_states(Run& run, const Cuts& cut, const float* table, const int* seq, int64 row) {
+  uint32 starts = cut.starts;
 #pragma unroll 1
-  while (__any_sync(~0u, starts != 0)) {
+  for (int k = 0; k < cut.most; k++) {
     const int first = __ffs(starts) - 1;
     const float state = first >= 0 ? table[seq[first] * row] : 0.f;
     starts &= starts - 1;
@@ -65,7 +66,7 @@ __device__ __forceinline__ void add_first_states(Run& run, uint32 starts, const 
 __device__ __forceinline__ void write_last_states(const Run& run, const Cuts& cut, float* last, const int* seq, int64 row) {
   uint32 ends = last ? cut.ends : 0;
 #pragma unroll 1
-  while (__any_sync(~0u, ends != 0)) {
+  for (int k = 0; k < cut.most; k++) {
     const int end = __ffs(ends) - 1;
     float found = 0.f;
     ends &= ends - 1;
@@ -77,7 +78,8 @@ __device__ __forceinline__ void write_last_states(const Run& run, const Cuts& cu
 template <bool CUT>
 __device__ __forceinline__ void first_run(Run& run, const float4* const* rows, float2* running, Effect* effects,
                                           const float* delta, const float* du, float total, float B_here, const Cuts& cut,
-                                          const float* table, const int* seq, int64 table_row, const Place& w) {
+                                          bool from_table, const float* table, const int* seq, int64 table_row,
+                                          const Place& w) {
   const float A2 = running->x, carry = running->y;
   float decay = ex2(A2 * total), h = ALONG == 1 && w.j == 0 ? carry : 0.f;
 #pragma unroll
@@ -90,12 +92,12 @@ __device__ __forceinline__ void first_run(Run& run, const float4* const* rows, f
   }
 #pragma unroll
   for (int i = 0; i < STEPS; i++) run.a[i] = ex2(A2 * delta[i]);
-  if (CUT && VARLEN && table) add_first_states(run, cut.starts, table, seq, table_row);
+  if (CUT && VARLEN && from_table) add_first_states(run, cut, table, seq, table_row);
   const float first = h;
 #pragma unroll
   for (int i = 0; i < STEPS; i++) h = fmaf(run.a[i], h, run.x[i]);
   if (CUT) {
-    run.select = VARLEN && table || __any_sync(~0u, cut.starts && !(A2 < LEAST && fabsf(h) < LARGEST));
+    run.select = __any_sync(~0u, (VARLEN && from_table) || (cut.starts && !(A2 < LEAST && fabsf(h) < LARGEST)));
     if (run.select) h = run_selecting(run, cut.starts, first, [](int, float) {});
 #pragma unroll
     for (int r = 1; r < LANES; r *= 2) {
@@ -123,7 +125,7 @@ __device__ __forceinline__ void second_run(Run& run, const float4* const* rows, 
   if (CUT) {
 #pragma unroll
     for (int i = 0; i < STEPS; i++) cut_off[i] = h = fmaf(run.a[i], h, run.x[i]);
-    if (run.select || __any_sync(~0u, cut.starts && !(fabsf(h) < LARGEST)))
+    if (__any_sync(~0u, run.select || (cut.starts && !(fabsf(h) < LARGEST))))
       run_selecting(run, cut.starts, run.h, [&](int i, float each) { cut_off[i] = each; });
   }
 #pragma unroll
@@ -161,7 +163,7 @@ __device__ __forceinline__ void scan_states(const Params& p, const float4* matri
     float B_here = B_CONSTANT ? p.B_constant[w.d * p.B_g + (n0 + m) * p.B_n] : 0.f;
     float C_here = C_CONSTANT ? p.C_constant[w.d * p.C_g + (n0 + m) * p.C_n] : 0.f;
     first_run<CUT>(run, rows, running, effects + (m & 1) * SEATS, delta, du, total, B_here, cut,
-                   VARLEN && p.table ? p.table + table_at + m : nullptr, seq, table_row, w);
+                   VARLEN && p.table, p.table + table_at + m, seq, table_row, w);
     if (keep) *states = run.h;
     second_run<CUT>(run, rows, y, C_here, cut, VARLEN && w.here ? p.last + table_at + m : nullptr, seq, table_row);
 #pragma unroll

@@ -271,5 +271,6 @@ __device__ __forceinline__ void convert_matrices(const Params& p, float4* memory
 struct Cuts {
   uint32 starts, ends;
   int reach_left, reach_right;
+  int most;                   // starts or ends of any lane: the same for all of a warp, and the compiler knows it
   bool any, begun, to_begin;  // a start: in the tile; up to and with this lane's steps; in or behind them
 };
