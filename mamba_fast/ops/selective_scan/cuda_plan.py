@@ -20,7 +20,7 @@ SOURCES = {
     "scan_summary": [_FOLDER / name for name in (*_COMMON, "cuda_summary.cu")],
 }
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
-SOURCES["scan_starts"] = [_FOLDER / name for name in (*_SHARED, "cuda_starts.cu")]
+SOURCES["scan_starts"] = [_FOLDER / name for name in (*_COMMON, "cuda_starts.cu")]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches,
 # so that there are as many as the second. At six, the forward loses more by finding what enters a stretch
