@@ -251,7 +251,8 @@ def test_less_shared_memory_gives_the_same_result(cut, monkeypatch):
 def test_the_parameters_of_the_kernels_lie_as_python_packs_them():
     text = next(p for p in cuda_plan.SOURCES["scan_forward"] if p.name == "cuda_tiles.cuh").read_text()
     struct = re.search(r"struct Params \{(.*?)\};", text, re.DOTALL)[1]
-    members = re.findall(r"(const io_t|const float|const int|io_t|float|int64|int)\*? ([^;]+);", struct)
+    kinds = "const io_t|const float|const int|const uint32|io_t|float|int64|int"
+    members = re.findall(rf"({kinds})\*? ([^;]+);", struct)
     named = [(kind, name.strip(" *\n")) for kind, names in members for name in names.split(",")]
     pointers = [name for kind, name in named if kind not in ("int64", "int")]
     assert pointers == cuda_launch._POINTERS

@@ -16,7 +16,8 @@ _STRIDES = [f"{t}_{axis}" for t in _ROWS for axis in "bdl"] + (
     "A_d A_n B_b B_g B_n B_l C_b C_g C_n C_l dB_slot dC_slot".split()
 )
 _INTEGERS = (
-    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch words"
+    "channels seqlen span B_span C_span blocks blocks_a_span passes chunks stretch stretches padded batch "
+    "words"
 ).split()
 _HEAD = struct.Struct(f"{len(_POINTERS)}q")
 _TAIL = struct.Struct(f"{len(_STRIDES)}q{len(_INTEGERS)}i{4 * (len(_INTEGERS) % 2)}x")

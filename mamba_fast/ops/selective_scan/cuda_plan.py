@@ -272,3 +272,9 @@ def is_wide(io, *looks):
 def is_big(*looks):
     """Whether a stride (but that of the batch) or an offset along the tokens needs more than 31 bits."""
     return any(v is not None and any(abs(s) >= 2**31 for s in v.strides[1:]) for v in looks)
+
+
+def for_starts(macros):
+    """`macros` for scan_starts, which is one kernel whatever the cut of the others is."""
+    fixed = {"N": 1, "LANES": 8, "STEPS": 8, "WARPS": 4, "ALONG": 1, "STAGE": 64, "UNROLL": 1, "BUFFERS": 1}
+    return macros | fixed | {"MIN_BLOCKS": 1, "KEEP": 0, "ORDERED": 0, "REVERSE": 0}

@@ -116,10 +116,10 @@ class _Calls:
         self.main = prepare(entry, cut, macros, statics, batch * cut.stretches * blocks)
         self.summary = self.chain = self.starts = None
         if macros["PACKED"]:
-            same = {"N": 1, "LANES": 8, "STEPS": 8, "WARPS": 4, "ALONG": 1, "STAGE": 64, "UNROLL": 1, "MIN_BLOCKS": 1}
-            same |= {"KEEP": 0, "ORDERED": 0, "REVERSE": 0, "BUFFERS": 1}  # one kernel for all cuts
             words_grid = -(-batch * statics["words"] * 32 // 128)
-            self.starts = prepare("scan_starts", cut, macros | same, statics, words_grid, threads=128)
+            self.starts = prepare(
+                "scan_starts", cut, plan.for_starts(macros), statics, words_grid, threads=128
+            )
             self.words = batch, statics["words"]
         if cut.stretches > 1:
             cut = cut.abreast(channels)
