@@ -34,6 +34,7 @@ class Layout(NamedTuple):
     place: Tensor | None = None  # (L,) with cu_seqlens: how many tokens of its sequence precede a token
     pad: Tensor | None = None  # (B, 1, L) bool
     window: Window | None = None
+    begins: bool = False  # padding stands only before a row's first token, where its states are zero
 
     @property
     def plain(self):
@@ -75,6 +76,17 @@ def layout_of(hidden_states, width, seq_idx=None, cu_seqlens=None, attention_mas
     scan_seq = None if seq_idx is None else seq
     window = _last_of_rows(real, _numbered(conv_seq), width)
     return Layout(batch, conv_seq, scan_seq, pad=~real[:, None], window=window)
+
+
+def left_padded(attention_mask):
+    """The :class:`Layout` of rows whose padding, 0 in attention_mask (B, L), comes before all their tokens.
+
+    Their states have to be zero there. Nothing needs to pass through padding then: the convolution gives
+    u = 0, so that the scan's state stays zero whatever Δ is.
+    """
+    real = attention_mask != 0
+    seq = torch.where(real, 0, -1).to(torch.int32)
+    return Layout(len(real), seq, pad=~real[:, None], begins=True)
 
 
 def _by_edges(edges, seqlen, width):

@@ -204,7 +204,7 @@ class Mamba(nn.Module):
         rows = project(self.x_proj, u)  # (B, R + 2N, L)
         dt, B, C = rows.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         delta = before_bias(self.dt_proj, dt)
-        if layout.pad is not None:
+        if layout.pad is not None and not layout.begins:
             delta = delta.masked_fill(layout.pad, ASLEEP)
         y = scan(
             u, delta, A, B, C, wide(self.D), z=z, delta_bias=wide(self.dt_proj.bias), delta_softplus=True,

@@ -18,9 +18,9 @@ from mamba_fast.init import init_weights
 from mamba_fast.layout import layout_of
 from mamba_fast.loss import head_loss, next_tokens
 from mamba_fast.mixer import Mamba
-from mamba_fast.one_launch import one_launch
 from mamba_fast.ops.rms_norm import RMSNorm
 from mamba_fast.sequence import room_of
+from mamba_fast.whole_step import whole_step
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 CausalLMOutputWithStates = namedtuple("CausalLMOutputWithStates", ["logits", "final_states"])
@@ -87,7 +87,7 @@ class MixerModel(nn.Module):
     ):  # fmt: skip
         """(B, L) ids to (B, L, d_model); keywords as :meth:`MambaLMHeadModel.forward` takes them."""
         hidden_states, residual, final = self.embedding(input_ids), None, {}
-        if self.layers:
+        if self.layers and "layout" not in mixer_kwargs:
             width = self.layers[0].mixer.d_conv
             mixer_kwargs["layout"] = layout_of(input_ids, width, seq_idx, cu_seqlens, attention_mask)
         if return_final_states:
@@ -159,7 +159,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             backward: one more forward, and memory for one layer instead of n_layer
         """
         if not mixer_kwargs:
-            logits = one_launch(self, input_ids, inference_params)
+            logits = whole_step(self, input_ids, inference_params)
             if logits is not None:
                 return CausalLMOutput(logits)
         found = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)

@@ -8,6 +8,7 @@ of many rows is work for a GPU that is busy: there lengths are closer to each ot
 import torch
 
 from mamba_fast.inference import InferenceParams
+from mamba_fast.layout import left_padded
 
 LENGTHS = (64, 128, 256, 512, 1024)
 MANY_TOKENS = 4096  # of all rows in a piece: with more, a step between two lengths is an eighth of the longer
@@ -35,34 +36,33 @@ class PromptGraphs:
     """Reads prompts of `batch` rows into `states`, made by allocate_inference_cache for at least B rows."""
 
     def __init__(self, batch, states):
-        self.batch, self.pieces = batch, {}
-        self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
+        self.batch, self.states, self.pieces = batch, states, {}
 
     def read(self, model, input_ids, attention_mask, pool):
         """Logits (B, V) behind input_ids (B, L), from zero states; overwritten by the next prompt."""
-        states = [v[: self.batch] for pair in self.params.key_value_memory_dict.values() for v in pair]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         lengths = _lengths(*input_ids.shape)
         padding = sum(lengths) - input_ids.shape[1]  # before the first piece
         input_ids, mask = (torch.nn.functional.pad(v, (padding, 0)) for v in (input_ids, mask))
-        for length in dict.fromkeys(lengths):
-            piece = self.pieces.pop(length, None)
+        kinds = [(length, k == 0) for k, length in enumerate(lengths)]
+        for kind in dict.fromkeys(kinds):
+            piece = self.pieces.pop(kind, None)
             if piece is None:
                 while len(self.pieces) >= MOST_PIECES:
                     del self.pieces[next(iter(self.pieces))]
-                piece = _Piece(model, self.params, self.batch, length, input_ids.device, pool)
-            self.pieces[length] = piece  # the last one is the one used last
-        torch._foreach_zero_(states)
-        for ids, real in zip(input_ids.split(lengths, 1), mask.split(lengths, 1), strict=True):
-            logits = self.pieces[ids.shape[1]](model, ids, real)
+                piece = _Piece(model, self.states, self.batch, *kind, input_ids.device, pool)
+            self.pieces[kind] = piece  # the last one is the one used last
+        for kind, ids, real in zip(kinds, input_ids.split(lengths, 1), mask.split(lengths, 1), strict=True):
+            logits = self.pieces[kind](model, ids, real)
         return logits
 
 
 class _Piece:
-    """`length` tokens of every row behind what the states have seen, as a graph on a GPU."""
+    """`length` tokens of every row, as a graph on a GPU: the `first` ones, or behind what the states know."""
 
-    def __init__(self, model, params, batch, length, device, pool):
-        self.params, self.graph = params, None
+    def __init__(self, model, states, batch, length, first, device, pool):
+        self.params = InferenceParams(0, batch, seqlen_offset=0 if first else 1, key_value_memory_dict=states)
+        self.graph = None
         self.ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.mask = torch.ones_like(self.ids)
         if device.type == "cuda":
@@ -77,7 +77,8 @@ class _Piece:
         return self.logits
 
     def _run(self, model):
-        out = model(self.ids, inference_params=self.params, num_last_tokens=1, attention_mask=self.mask)
+        layout = left_padded(self.mask)
+        out = model(self.ids, inference_params=self.params, num_last_tokens=1, layout=layout)
         self.logits = out.logits[:, -1]
 
     def _capture(self, model, pool):

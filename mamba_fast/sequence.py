@@ -41,10 +41,12 @@ def convolve(x, conv1d, conv_state, layout, room):
 
 def last_inputs(x, conv_state, layout, width):
     """conv_state (rows, D, K): the last K inputs of each row's sequence, oldest first, zeros before it."""
-    if layout.plain:
+    if layout.plain or layout.begins:
         seqlen = x.shape[2]
+        if layout.begins:
+            x = x[..., -width:].masked_fill(layout.pad[..., -width:], 0)
         if seqlen >= width:
-            return x[..., seqlen - width :]
+            return x[..., -width:]
         past = x.new_zeros(*x.shape[:2], width) if conv_state is None else conv_state.to(x.dtype)
         return torch.cat([past[..., seqlen:], x], -1)
     window = layout.window

@@ -14,7 +14,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -25,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mamba_fast.ops.causal_conv1d import triton_conv
+from mamba_fast.ops.causal_conv1d import triton_update as conv_steps
 from mamba_fast.ops.linear_cross_entropy import triton_rows
+from mamba_fast.ops.model_step import LayerWeights, Weights, triton_step
 from mamba_fast.ops.next_token import Slots, triton_next
 from mamba_fast.ops.rms_norm import triton_norm
 from mamba_fast.ops.selective_scan import triton_scan
@@ -131,7 +135,8 @@ def token_launches(dtype):
 
 def conv_launches(dtype):
     """Forward and backward of both layouts: as published and aligned; with every option, nothing aligned."""
-    noted = noting(triton_conv, [name for name in vars(triton_conv) if name.endswith("_kernel")])
+    kernels = {k: v for k, v in (vars(triton_conv) | vars(conv_steps)).items() if k.endswith("_kernel")}
+    noted = noting(SimpleNamespace(**kernels), kernels)
     for channels, seqlen, options in ((96, 2000, False), (97, 2001, True)):
         rows, columns = (
             torch.ones(2, channels, seqlen, dtype=dtype),
@@ -146,8 +151,30 @@ def conv_launches(dtype):
         index = torch.ones(2, dtype=torch.int32) if options else None
         table = torch.ones(2, channels, 4, dtype=dtype)
         triton_conv.update(rows[..., : 1 + options], table, weight, bias, True, index, index, -1)
+        triton_conv.update(columns.mT[..., :1], table, weight, bias, True, None, index, -1)
         triton_conv.varlen_states(columns[0], torch.ones(3, dtype=torch.int32), 4)
     return noted
+
+
+def step_launches(dtype):
+    """A layer of the published sizes for few and for many sequences, and one that fits no tile."""
+    noted = noting(triton_step, [name for name in vars(triton_step) if name.endswith("_kernel")])
+    for rows, d_model, rank in ((9, 768, 48), (128, 768, 48), (32, 2560, 160), (64, 40, 24)):
+        sizes, kept = (d_model, 2 * d_model, rank, 16), torch.float32 if rank == 24 else dtype
+        weights = layer_weights(*sizes, dtype)
+        states = [(torch.ones(rows, sizes[1], 4, dtype=kept), torch.ones(rows, sizes[1], 16, dtype=kept))]
+        triton_step.step(weights, torch.zeros(rows, dtype=torch.int64), states)
+    return noted
+
+
+def layer_weights(E, D, R, N, dtype):
+    """Weights of one layer, of ones."""
+    half, single = (partial(torch.ones, dtype=t) for t in (dtype, torch.float32))
+    layer = LayerWeights(
+        half(E), half(2 * D, E), half(D, 4), half(D), half(R + 2 * N, D), half(D, R), half(D), single(D, N),
+        single(D), half(E, D),
+    )  # fmt: skip
+    return Weights((layer,), half(8, E), half(E), half(8, E), 1e-5)
 
 
 def specialised(value, path, constants, attributes):
@@ -236,7 +263,7 @@ if __name__ == "__main__":
         report(noted, arch, dtype=TYPES[dtype], packing=packing, split=split)
     for arch, dtype in itertools.product(architectures, DTYPES):
         noted = update_launches(dtype) + norm_launches(dtype) + conv_launches(dtype) + loss_launches(dtype)
-        noted += token_launches(dtype)
+        noted += token_launches(dtype) + (step_launches(dtype) if dtype == torch.bfloat16 else [])
         report(noted, arch, dtype=TYPES[dtype], packing="none")
         if (arch, dtype) == (architectures[0], torch.bfloat16):
             compile_with_ones(noted + launches(dtype, PACKINGS["none"], True), arch)

@@ -48,6 +48,27 @@ def test_padding_of_the_prompt_itself(device):
     check("padded rows", found[0], torch.stack(want), bound(torch.stack(plain), torch.stack(want)))
 
 
+@pytest.mark.parametrize("padding", [18, 10])
+def test_padding_longer_than_a_piece(padding, device):
+    """Beside a row of 19 tokens, read in three pieces, one whose first token is the last of a piece."""
+    model, ids = fast_model(reference_model(2), device), token_ids(3, 2, 19, device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    states = model.allocate_inference_cache(2, 0)
+    for pair in states.values():
+        for v in pair:
+            v.fill_(float("nan"))  # what the last prompt has left plays no part
+    reader, pool = prompt_graphs.PromptGraphs(2, states), None
+    if device == "cuda":
+        pool = torch.cuda.graph_pool_handle()
+    with torch.no_grad():
+        found = reader.read(model, ids, mask, pool)
+        wide = fast_model(reference_model(2), device, torch.float64)
+        want = [wide(row[None, skip:]).logits[0, -1] for row, skip in zip(ids, (padding, 0), strict=True)]
+        plain = [model(row[None, skip:]).logits[0, -1] for row, skip in zip(ids, (padding, 0), strict=True)]
+    check("padded rows", found, torch.stack(want), bound(torch.stack(plain), torch.stack(want)))
+
+
 @pytest.mark.parametrize(
     "batch, seqlen, lengths",
     [
@@ -73,7 +94,7 @@ def test_only_so_many_graphs_are_kept(monkeypatch, device):
     with torch.no_grad():
         for seqlen in (5, 7, 5, 8):
             reader.read(model, token_ids(1, 2, seqlen, device), None, pool)
-            kept.append(list(reader.pieces))
+            kept.append([length for length, _ in reader.pieces])
     assert kept == [[5], [5, 7], [7, 5], [5, 8]]
 
 

@@ -18,7 +18,7 @@ from mamba_fast.ops.causal_conv1d.triton_backward import (
     conv_rows_backward_kernel,
 )
 from mamba_fast.ops.causal_conv1d.triton_forward import conv_columns_kernel, conv_rows_kernel
-from mamba_fast.ops.causal_conv1d.triton_update import conv_states_kernel, conv_update_kernel, reach_kernel
+from mamba_fast.ops.causal_conv1d.triton_update import reach_kernel, update, varlen_states
 from mamba_fast.ops.rooms import multiprocessors
 from mamba_fast.ops.selective_scan.backends import interpreted
 from mamba_fast.ops.triton_launch import Launch, looks, named
@@ -255,38 +255,6 @@ def _reach(seq_idx, width):
         seq_idx, reach, seq_idx.stride(), seqlen, blocks, WIDTH=width, BLOCK=block, num_warps=4
     )
     return reach
-
-
-def update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices, pad_slot_id):
-    """y of the tokens x (B, D, T); conv_state (entries, D, S) takes them in, in place."""
-    (batch, channels, tokens), width, state_len = x.shape, weight.shape[1], conv_state.shape[2]
-    y = torch.empty_like(x)
-    bias, cache_seqlens, conv_state_indices = (
-        None if v is None else v.contiguous() for v in (bias, cache_seqlens, conv_state_indices)
-    )
-    block_d, block_s = min(128, _power_of_2(channels)), _power_of_2(state_len)
-    blocks = -(-channels // block_d)
-    conv_update_kernel[(blocks * batch,)](
-        x, conv_state, weight, bias, cache_seqlens, conv_state_indices, y, x.stride(), conv_state.stride(),
-        weight.stride(), y.stride(), channels, tokens, blocks, pad_slot_id,
-        WIDTH=width, STATE=state_len, SILU=silu, HAS_BIAS=bias is not None,
-        CIRCULAR=cache_seqlens is not None, INDEXED=conv_state_indices is not None,
-        BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
-    )  # fmt: skip
-    return y
-
-
-def varlen_states(x, cu_seqlens, state_len):
-    """(B, D, state_len), channels side by side: the last tokens of each packed sequence of x (T, D)."""
-    channels, batch = x.shape[1], len(cu_seqlens) - 1
-    states = x.new_empty(batch, state_len, channels).transpose(1, 2)
-    block_d, block_s = min(256, _power_of_2(channels)), min(4, _power_of_2(state_len))
-    blocks = -(-channels // block_d)
-    conv_states_kernel[(blocks * batch,)](
-        x, cu_seqlens.contiguous(), states, x.stride(), states.stride(), channels, state_len, blocks,
-        BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
-    )  # fmt: skip
-    return states
 
 
 def _strides(look):

@@ -1,9 +1,55 @@
 """The kernels of decoding: a few tokens through the shift register, and registers cut out of packed rows."""
 
+import torch
 import triton
 import triton.language as tl
+from triton import next_power_of_2
 
 from mamba_fast.ops.causal_conv1d.triton_steps import LOG2E, activate, convolve, load_weight
+from mamba_fast.ops.triton_chain import add_parts, meet
+
+TOKEN = 4  # taps and places of the register that conv_token_kernel is made for
+
+
+def update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices, pad_slot_id):
+    """y of the tokens x (B, D, T); conv_state (entries, D, S) takes them in, in place."""
+    (batch, channels, tokens), width, state_len = x.shape, weight.shape[1], conv_state.shape[2]
+    y = torch.empty_like(x)
+    bias, cache_seqlens, conv_state_indices = (
+        None if v is None else v.contiguous() for v in (bias, cache_seqlens, conv_state_indices)
+    )
+    side_by_side = x.stride(1) == 1 and conv_state.is_contiguous() and weight.is_contiguous()
+    if tokens == 1 and width == state_len == TOKEN and cache_seqlens is None and side_by_side:
+        block_d = min(256, next_power_of_2(channels))
+        conv_token_kernel[-(-channels // block_d), -(-batch // 2)](
+            x, weight, bias, conv_state_indices, conv_state, y, batch, x.stride(0), 0, y.stride(0),
+            pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1, PDL=False, BLOCK_M=2, BLOCK_D=block_d,
+            num_warps=4,
+        )  # fmt: skip
+        return y
+    block_d, block_s = min(128, next_power_of_2(channels)), next_power_of_2(state_len)
+    blocks = -(-channels // block_d)
+    conv_update_kernel[(blocks * batch,)](
+        x, conv_state, weight, bias, cache_seqlens, conv_state_indices, y, x.stride(), conv_state.stride(),
+        weight.stride(), y.stride(), channels, tokens, blocks, pad_slot_id,
+        WIDTH=width, STATE=state_len, SILU=silu, HAS_BIAS=bias is not None,
+        CIRCULAR=cache_seqlens is not None, INDEXED=conv_state_indices is not None,
+        BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def varlen_states(x, cu_seqlens, state_len):
+    """(B, D, state_len), channels side by side: the last tokens of each packed sequence of x (T, D)."""
+    channels, batch = x.shape[1], len(cu_seqlens) - 1
+    states = x.new_empty(batch, state_len, channels).transpose(1, 2)
+    block_d, block_s = min(256, next_power_of_2(channels)), min(4, next_power_of_2(state_len))
+    blocks = -(-channels // block_d)
+    conv_states_kernel[(blocks * batch,)](
+        x, cu_seqlens.contiguous(), states, x.stride(), states.stride(), channels, state_len, blocks,
+        BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
+    )  # fmt: skip
+    return states
 
 
 @triton.jit
@@ -49,6 +95,44 @@ def conv_update_kernel(
         y = tl.where(alive[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
         tl.store(y_at + tl.cast(i, tl.int64) * y_strides[2], y, mask=mask_d[:, None])
         past = past[1:]
+
+
+@triton.jit
+def conv_token_kernel(
+    x_ptr, weight_ptr, bias_ptr, indices_ptr, state_ptr, y_ptr, batch, x_stride, x_part, y_stride,
+    pad_slot_id, CHANNELS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One token of BLOCK_D channels of BLOCK_M sequences; four taps, and conv_state (entries, D, 4).
+
+    The four places of a channel are one access. x is the sum of PARTS arrays, x_part apart.
+    """
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_d, k, entry, alive = d < CHANNELS, tl.arange(0, 4), m, m < batch
+    if indices_ptr is not None:
+        entry = tl.load(indices_ptr + m, mask=alive, other=-1).to(tl.int64)
+        alive = (entry >= 0) & (entry != pad_slot_id)
+    mask = alive[:, None] & mask_d[None, :]
+    state_at = state_ptr + (entry[:, None] * CHANNELS + d[None, :])[:, :, None] * 4 + k[None, None, :]
+    past = tl.load(state_at, mask=mask[:, :, None], other=0.0)  # (BLOCK_M, BLOCK_D, 4)
+    taps = tl.load(weight_ptr + d[:, None] * 4 + k[None, :], mask=mask_d[:, None], other=0.0).to(tl.float32)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    meet(PDL)
+    x = add_parts(x_ptr + m[:, None] * x_stride + d[None, :], mask, tl.cast(x_part, tl.int64), PARTS)
+    even, odd = tl.split(past.reshape(BLOCK_M, BLOCK_D, 2, 2))
+    _, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    x0 = x.to(y_ptr.dtype.element_ty).to(past.dtype)
+    window = tl.join(tl.join(x1, x3), tl.join(x2, x0)).reshape(BLOCK_M, BLOCK_D, 4)
+    tl.store(state_at, window, mask=mask[:, :, None])
+    y = tl.sum(window.to(tl.float32) * taps[None, :, :], 2) + bias
+    y = activate(y * LOG2E if SILU else y, None, SILU, False)
+    y = tl.where(mask, y, 0.0)  # padding: nothing is read, 0 is written
+    y_at = y_ptr + m[:, None] * y_stride + d[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(m < batch)[:, None] & mask_d[None, :])
 
 
 @triton.jit

@@ -1,19 +1,19 @@
-"""One token through the whole language model in one launch. See README.md in this folder."""
+"""One token through the whole language model in few launches, or one. See README.md in this folder."""
 
 import torch
 
 from mamba_fast import nvrtc
-from mamba_fast.ops.model_step.arguments import LayerWeights, Weights, obstacle
+from mamba_fast.ops.model_step.arguments import LayerWeights, Weights, obstacle, obstacle_to_rows
 
 __all__ = ["LayerWeights", "Weights", "model_step"]
 
 
 def model_step(weights, tokens, states):
-    """logits (B, V) of the next token after tokens (B,) int64, or None where the one kernel cannot take it.
+    """logits (B, V) of the next token after tokens (B,) int64, or None where it has to go op by op.
 
     h ← exp(Δ A) h + Δ B u and all around it, for every layer (Algorithm 2 for a single t, figure 3). On an
-    NVIDIA GPU of compute capability 9.0 or later, with the extra `cuda`, for up to 8 sequences; without
-    gradients.
+    NVIDIA GPU of compute capability 9.0 or later, without gradients: for up to 8 sequences as one launch
+    (extra `cuda`), for up to 128 as five a layer, each begun while the one before it ends.
 
     Parameters
     ----------
@@ -23,23 +23,28 @@ def model_step(weights, tokens, states):
 
     Notes
     -----
-    Reads every weight once and every state once, and writes the states: that is its time, with three
-    waits of the whole chip for itself in a layer (four for several sequences). 2 operations a weight and
-    sequence.
+    Reads every weight once and every state once, and writes the states. One launch: that is its time, with
+    three waits of the whole chip for itself in a layer (four for several sequences). 2 operations a weight
+    and sequence.
     """
-    if obstacle(weights, tokens, states) is not None or not _on_gpu(tokens):
+    backends = _backends(tokens)
+    if "cuda" in backends and nvrtc.available() and obstacle(weights, tokens, states) is None:
+        from mamba_fast.ops.model_step import cuda_step
+
+        logits = cuda_step.step(weights, tokens, states)
+        if logits is not None:
+            return logits
+    if "triton" not in backends or obstacle_to_rows(weights, tokens, states) is not None:
         return None
-    from mamba_fast.ops.model_step import cuda_step
+    from mamba_fast.ops.model_step import triton_step
 
-    return cuda_step.step(weights, tokens, states)
+    return triton_step.step(weights, tokens, states)
 
 
-def _on_gpu(tokens):
+def _backends(tokens):
+    """Copies by the memory system, and kernels that begin early: NVIDIA, from compute capability 9.0 on."""
+    if not tokens.is_cuda or torch.version.hip or torch.cuda.get_device_capability(tokens.device) < (9, 0):
+        return ()
     from mamba_fast.ops.selective_scan.backends import available_backends
 
-    return (
-        tokens.is_cuda
-        and nvrtc.available()
-        and "cuda" in available_backends(tokens.device)
-        and torch.cuda.get_device_capability(tokens.device) >= (9, 0)  # copies by the memory system
-    )
+    return available_backends(tokens.device)

@@ -1,4 +1,4 @@
-"""What a step takes: the weights of a model as a list of layers."""
+"""What a step takes: the weights of a model as a list of layers; and what which of its ways cannot take."""
 
 from typing import NamedTuple
 
@@ -8,6 +8,10 @@ from torch import Tensor
 MOST_SEQUENCES = 8
 MOST_CHANNELS = 16384  # of all sequences: with more, op by op is faster
 WIDEST = 12288  # channels: eight rows of out_proj have to fit into the shared memory of a block
+MOST_ROWS = 128  # of the kernels for many sequences
+MOST_NUMBERS = 131072  # of all residual streams: with more, op by op is as fast
+MOST_STATES = 64  # of a channel, in the registers of its program
+TAPS = 4
 TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -46,20 +50,39 @@ class Weights(NamedTuple):
 
 def obstacle(weights, tokens, states):
     """Why the one kernel cannot take this step, or None. Reads sizes, types and places, no values."""
-    batch, dtype = len(tokens), weights.head.dtype
-    if tokens.dtype != torch.int64:
-        return f"tokens are {tokens.dtype}, not int64"
+    batch, d_inner = len(tokens), weights.layers[0].D.shape[0] if weights.layers else 0
     if not 1 <= batch <= MOST_SEQUENCES:
         return f"it takes 1 to {MOST_SEQUENCES} sequences, and there are {batch}"
+    if d_inner > WIDEST:
+        return f"it takes up to {WIDEST} channels, and there are {d_inner}"
+    if batch * d_inner > MOST_CHANNELS:
+        return f"it is slower for {batch} x {d_inner} channels"
+    return _obstacle_to_both(weights, tokens, states)
+
+
+def obstacle_to_rows(weights, tokens, states):
+    """Why the kernels for many sequences cannot take this step, or None."""
+    batch, d_model = len(tokens), weights.head.shape[1]
+    if not 1 <= batch <= MOST_ROWS:
+        return f"they take 1 to {MOST_ROWS} sequences, and there are {batch}"
+    if batch * d_model > MOST_NUMBERS:
+        return f"they are no faster for {batch} x {d_model} numbers"
+    if weights.layers and weights.layers[0].conv.shape[1] != TAPS:
+        return f"they take {TAPS} taps, and there are {weights.layers[0].conv.shape[1]}"
+    if weights.layers and weights.d_state > MOST_STATES:
+        return f"they take up to {MOST_STATES} states, and there are {weights.d_state}"
+    return _obstacle_to_both(weights, tokens, states)
+
+
+def _obstacle_to_both(weights, tokens, states):
+    dtype = weights.head.dtype
+    if tokens.dtype != torch.int64:
+        return f"tokens are {tokens.dtype}, not int64"
     if not weights.layers:
         return "the model has no layer"
     if dtype not in TYPES:
         return f"the weights are {dtype}, not float16 or bfloat16"
     d_model, d_inner = weights.head.shape[1], weights.layers[0].D.shape[0]
-    if d_inner > WIDEST:
-        return f"it takes up to {WIDEST} channels, and there are {d_inner}"
-    if batch * d_inner > MOST_CHANNELS:
-        return f"it is slower for {batch} x {d_inner} channels"
     if any(size % 8 for size in (d_model, d_inner, weights.dt_rank, weights.dt_rank + 2 * weights.d_state)):
         return "d_model, d_inner, dt_rank and dt_rank + 2 N have to be multiples of 8"
     plain = [weights.embedding, weights.norm_f, weights.head]

@@ -1,4 +1,4 @@
-"""Which models take a step as one launch: the published ones, as long as nobody has changed their parts."""
+"""Which models take a step whole: the published ones, as long as nobody has changed their parts."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from mamba_fast.ops.model_step import LayerWeights, Weights, model_step
 from mamba_fast.ops.rms_norm import RMSNorm
 
 
-def one_launch(model, input_ids, inference_params):
+def whole_step(model, input_ids, inference_params):
     """logits (B, 1, V) of the next token of every sequence, or None where the model goes layer by layer.
 
     As :func:`model_step`, whose limits hold. Besides: RMSNorm with the residual stream in float32, no MLP, no
@@ -37,7 +37,7 @@ def one_launch(model, input_ids, inference_params):
 
 
 def _weights(model):
-    """The Weights of a model that one launch can run, or None."""
+    """The Weights of a model whose step can be taken whole, or None."""
     from mamba_fast.model import MixerModel
 
     backbone = model.backbone
