@@ -1,5 +1,7 @@
 """The kernels of decoding: a few tokens through the shift register, and registers cut out of packed rows."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from triton import next_power_of_2
 
 from mamba_fast.ops.causal_conv1d.triton_steps import LOG2E, activate, convolve, load_weight
 from mamba_fast.ops.triton_chain import add_parts, meet
+from mamba_fast.ops.triton_launch import Launch, looks, named
 
 TOKEN = 4  # taps and places of the register that conv_token_kernel is made for
 
@@ -20,12 +23,8 @@ def update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices,
     )
     side_by_side = x.stride(1) == 1 and conv_state.is_contiguous() and weight.is_contiguous()
     if tokens == 1 and width == state_len == TOKEN and cache_seqlens is None and side_by_side:
-        block_d = min(256, next_power_of_2(channels))
-        conv_token_kernel[-(-channels // block_d), -(-batch // 2)](
-            x, weight, bias, conv_state_indices, conv_state, y, batch, x.stride(0), 0, y.stride(0),
-            pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1, PDL=False, BLOCK_M=2, BLOCK_D=block_d,
-            num_warps=4,
-        )  # fmt: skip
+        given = x, weight, bias, conv_state_indices, conv_state, y
+        _token_launch(looks(*given), silu, pad_slot_id, x.device)(*given)
         return y
     block_d, block_s = min(128, next_power_of_2(channels)), next_power_of_2(state_len)
     blocks = -(-channels // block_d)
@@ -37,6 +36,18 @@ def update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices,
         BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
     )  # fmt: skip
     return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _token_launch(looks, silu, pad_slot_id, device):
+    x, *_, y = named(looks)
+    batch, channels, _ = x.shape
+    block_d = min(256, next_power_of_2(channels))
+    return Launch(
+        conv_token_kernel, (-(-channels // block_d), -(-batch // 2)),
+        batch, x.strides[0], 0, y.strides[0], pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1, PDL=False,
+        BLOCK_M=2, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
 
 
 def varlen_states(x, cu_seqlens, state_len):

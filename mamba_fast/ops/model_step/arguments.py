@@ -8,8 +8,7 @@ from torch import Tensor
 MOST_SEQUENCES = 8
 MOST_CHANNELS = 16384  # of all sequences: with more, op by op is faster
 WIDEST = 12288  # channels: eight rows of out_proj have to fit into the shared memory of a block
-MOST_ROWS = 128  # of the kernels for many sequences
-MOST_NUMBERS = 131072  # of all residual streams: with more, op by op is as fast
+MOST_NUMBERS = {64: 163840, 128: 131072}  # sequences: numbers of all streams; with more, op by op is as fast
 MOST_STATES = 64  # of a channel, in the registers of its program
 TAPS = 4
 TYPES = (torch.float16, torch.bfloat16)
@@ -63,9 +62,9 @@ def obstacle(weights, tokens, states):
 def obstacle_to_rows(weights, tokens, states):
     """Why the kernels for many sequences cannot take this step, or None."""
     batch, d_model = len(tokens), weights.head.shape[1]
-    if not 1 <= batch <= MOST_ROWS:
-        return f"they take 1 to {MOST_ROWS} sequences, and there are {batch}"
-    if batch * d_model > MOST_NUMBERS:
+    if not 1 <= batch <= max(MOST_NUMBERS):
+        return f"they take 1 to {max(MOST_NUMBERS)} sequences, and there are {batch}"
+    if batch * d_model > next(most for rows, most in MOST_NUMBERS.items() if batch <= rows):
         return f"they are no faster for {batch} x {d_model} numbers"
     if weights.layers and weights.layers[0].conv.shape[1] != TAPS:
         return f"they take {TAPS} taps, and there are {weights.layers[0].conv.shape[1]}"
