@@ -1,4 +1,4 @@
-"""A step of many sequences, five kernels a layer, against the same step op by op in float64."""
+"""A step of many sequences, six kernels a layer, against the same step op by op in float64."""
 
 import pytest
 import torch

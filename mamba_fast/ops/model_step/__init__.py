@@ -13,7 +13,7 @@ def model_step(weights, tokens, states):
 
     h ← exp(Δ A) h + Δ B u and all around it, for every layer (Algorithm 2 for a single t, figure 3). On an
     NVIDIA GPU of compute capability 9.0 or later, without gradients: for up to 8 sequences as one launch
-    (extra `cuda`), for up to 128 as five a layer, each begun while the one before it ends.
+    (extra `cuda`), for up to 128 as six a layer, each begun while the one before it ends.
 
     Parameters
     ----------

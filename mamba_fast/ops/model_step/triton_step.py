@@ -1,4 +1,4 @@
-"""A step of many sequences: five Triton kernels a layer, each begun while the one before it ends."""
+"""A step of many sequences: six Triton kernels a layer, each begun while the one before it ends."""
 
 import functools
 from typing import NamedTuple
