@@ -77,8 +77,11 @@ class _Piece:
         return self.logits
 
     def _run(self, model):
-        layout = left_padded(self.mask)
-        out = model(self.ids, inference_params=self.params, num_last_tokens=1, layout=layout)
+        from mamba_fast.model import MambaLMHeadModel
+
+        own = isinstance(model, MambaLMHeadModel)  # others are asked for no more than attention_mask
+        padding = {"layout": left_padded(self.mask)} if own else {"attention_mask": self.mask}
+        out = model(self.ids, inference_params=self.params, num_last_tokens=1, **padding)
         self.logits = out.logits[:, -1]
 
     def _capture(self, model, pool):

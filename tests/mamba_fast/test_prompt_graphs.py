@@ -85,6 +85,21 @@ def test_many_rows_are_padded_less(monkeypatch, batch, seqlen, lengths):
     assert prompt_graphs._lengths(batch, seqlen) == lengths
 
 
+def test_another_model_is_asked_for_no_more_than_a_mask(device):
+    model, ids = fast_model(reference_model(1), device), token_ids(1, 2, 5, device)
+
+    def other(ids, inference_params, num_last_tokens, attention_mask):
+        return model(ids, None, inference_params, num_last_tokens, attention_mask=attention_mask)
+
+    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+    found = []
+    for asked in (model, other):
+        with torch.no_grad():
+            reader = prompt_graphs.PromptGraphs(2, model.allocate_inference_cache(2, 0))
+            found.append(reader.read(asked, ids, None, pool).clone())
+    torch.testing.assert_close(*found)
+
+
 def test_only_so_many_graphs_are_kept(monkeypatch, device):
     monkeypatch.setattr(prompt_graphs, "MOST_PIECES", 2)
     monkeypatch.setattr(prompt_graphs, "MANY_TOKENS", 8)
