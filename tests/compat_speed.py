@@ -36,22 +36,32 @@ class Shape:
 
 
 def modules():
-    """transformers' module of the model, imported anew for each set of kernels: it looks once."""
-    found = {}
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
+    """transformers' module of the model, run anew for each set of kernels: it looks while it is imported."""
+    found, kept = {}, imported_models()
+    kept |= {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in PACKAGES}
     sys.modules.update(dict.fromkeys(PACKAGES))  # None: cannot be imported
-    found["slow"] = _fresh("slow")
+    found["slow"] = fresh("slow")
     for name in PACKAGES:
         del sys.modules[name]
+    imported_models()
     with compat.register(force=True):
-        found["ours"] = _fresh("ours")
+        found["ours"] = fresh("ours")
     if all(map(importlib.util.find_spec, PACKAGES)):
-        found["published"] = _fresh("published")
+        found["published"] = fresh("published")
+    imported_models()
     sys.modules.update(kept)
     return found
 
 
-def _fresh(name):
+def imported_models():
+    """The modules of models that transformers has imported so far, taken out of sys.modules."""
+    names = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+    names += [name for name in sys.modules if name.rpartition(".")[0] == "transformers.models.mamba"]
+    return {name: sys.modules.pop(name) for name in dict.fromkeys(names)}
+
+
+def fresh(name):
+    """The module of transformers' Mamba, run anew under this name."""
     folder = importlib.import_module("transformers.models.mamba").__path__[0]
     spec = importlib.util.spec_from_file_location(
         f"transformers.models.mamba.{name}", f"{folder}/modeling_mamba.py"

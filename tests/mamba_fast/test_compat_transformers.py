@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from compat_speed import fresh, imported_models
 from model_inputs import BLOCK, D_MODEL, N_LAYER, VOCAB, reference_model, token_ids
 
 import mamba_fast
@@ -28,22 +29,10 @@ OURS = {  # by the name in their module
 }
 
 
-def fresh(name):
-    """The module of transformers' Mamba, run anew: it looks for `mamba_ssm` while it is imported."""
-    folder = importlib.import_module("transformers.models.mamba").__path__[0]
-    full = f"transformers.models.mamba.{name}"
-    spec = importlib.util.spec_from_file_location(full, f"{folder}/modeling_mamba.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[full] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def modules():
     """Their module with our functions, and without."""
-    names = [name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
-    aside = {name: sys.modules.pop(name) for name in names}
+    aside = imported_models()
     with compat.register():
         fast = fresh("on_ours")
     slow = fresh("alone")
