@@ -50,7 +50,7 @@ _accepted = {}  # signature of a call that passed every check: how its B and C g
 
 
 def _with_group_axis(v):
-    return v[:, None]
+    return v.unsqueeze(1)
 
 
 def _as_it_is(v):
@@ -59,12 +59,18 @@ def _as_it_is(v):
 
 def _signature(tensors):
     """Types, shapes and devices; None where something is not a plain tensor (shapes may be symbolic then)."""
-    if any(type(t) not in _PLAIN for t in tensors):
-        return None
-    return tuple(None if t is None else (t.dtype, t.shape, t.device) for t in tensors)
+    found = []
+    for t in tensors:
+        if t is None:
+            found.append(None)
+        elif type(t) in _PLAIN:
+            found += (t.dtype, t.shape, t.device)
+        else:
+            return None
+    return tuple(found)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _checked(u, delta, A, B, C, D, z, delta_bias, initial_state, softplus, seq_idx, cu_seqlens):
