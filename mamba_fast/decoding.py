@@ -175,8 +175,11 @@ def forget_graphs(model):
 
 def _placement(model):
     """Where the parameters are and of which type: what a captured step has built in."""
-    found, modules = [], [model]
+    found, modules, seen = [], [model], {id(model)}
     for module in modules:  # as model.parameters(), in less than half the time
         found += [(p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None]
-        modules += [m for m in module._modules.values() if m is not None]
+        for m in module._modules.values():
+            if m is not None and id(m) not in seen:
+                seen.add(id(m))
+                modules.append(m)
     return found

@@ -79,7 +79,8 @@ class _Piece:
     def _run(self, model):
         from mamba_fast.model import MambaLMHeadModel
 
-        own = isinstance(model, MambaLMHeadModel)  # others are asked for no more than attention_mask
+        # Another forward is asked for no more than attention_mask.
+        own = getattr(type(model), "forward", None) is MambaLMHeadModel.forward
         padding = {"layout": left_padded(self.mask)} if own else {"attention_mask": self.mask}
         out = model(self.ids, inference_params=self.params, num_last_tokens=1, **padding)
         self.logits = out.logits[:, -1]

@@ -45,6 +45,8 @@ def _weights(model):
     kinds = (MixerModel, nn.Embedding, RMSNorm, nn.Linear)
     if not (_plain(ends, kinds) and backbone.fused_add_norm and backbone.residual_in_fp32):
         return None
+    if model.lm_head.bias is not None:
+        return None
     layers = []
     for block in backbone.layers:
         layer = _layer(block, backbone.norm_f.eps)
@@ -65,7 +67,7 @@ def _layer(block, eps):
     parts = (block, mixer, block.norm, mixer.conv1d, *linear)
     if not _plain(parts, (Block, Mamba, RMSNorm, nn.Conv1d, *[nn.Linear] * 4)):
         return None
-    if mixer.in_proj.bias is not None or mixer.out_proj.bias is not None:
+    if any(v.bias is not None for v in (mixer.in_proj, mixer.x_proj, mixer.out_proj)):
         return None
     return LayerWeights(
         block.norm.weight, mixer.in_proj.weight, mixer.conv1d.weight[:, 0], mixer.conv1d.bias,

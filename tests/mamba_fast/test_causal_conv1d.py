@@ -178,6 +178,15 @@ def test_token_by_token_is_the_whole(backend, device, state_len, width, parts, c
     assert torch.equal(table[indices[::2]][..., order].cpu(), last)
 
 
+def test_a_token_whose_rows_overlap(backend, device):
+    x = torch.arange(10.0, device=device).as_strided((3, 7), (1, 1))
+    taps = torch.tensor([0.0, 0, 0, 1], device=device).repeat(7, 1)
+    state = torch.zeros(3, 7, 4, device=device)
+    y = causal_conv1d_update(x, state, taps, pad_slot_id=0, backend=backend)  # without indices: no padding
+    assert torch.equal(y, x)
+    assert torch.equal(state[..., 3], x)
+
+
 def test_any_slot_may_mean_padding(backend, device):
     inputs = {
         k: v.to(device) for k, v in conv_inputs(12, 3, 5, 2, initial_states=False).items() if v is not None

@@ -4,6 +4,7 @@ import pytest
 import torch
 from model_step_inputs import at, check_step, model_of, states_of
 
+from mamba_fast import MambaConfig, MambaLMHeadModel, whole_step
 from mamba_fast.ops.model_step import arguments, model_step, triton_step
 
 pytestmark = pytest.mark.triton
@@ -13,6 +14,11 @@ SIZES = [  # layers, d_model, d_inner, dt_rank, N, K, vocabulary
     (2, 48, 96, 16, 16, 4, 100), (1, 64, 128, 8, 4, 4, 33), (2, 40, 72, 24, 12, 4, 64),
     (1, 264, 528, 40, 20, 4, 33),
 ]  # fmt: skip
+
+
+def with_layer(weights, other, **changes):
+    """`weights` whose second layer is the first one of `other`, changed."""
+    return weights._replace(layers=(weights.layers[0], other.layers[0]._replace(**changes)))
 
 
 def check_rows(sizes, batch, dtype=HALF, states=None, **options):
@@ -73,12 +79,26 @@ def test_the_same_bits_every_time_and_in_a_graph():
         (lambda w, t, s: (at(model_of((1, 8, 16, 8, 4, 3, 5)), HALF), t, s), "4 taps, and there are 3"),
         (lambda w, t, s: (at(model_of((1, 8, 16, 8, 68, 4, 5)), HALF), t, s), "up to 64 states"),
         (lambda w, t, s: (at(w, torch.float32), t, s), "not float16 or bfloat16"),
+        (lambda w, t, s: (with_layer(w, model_of((1, 48, 96, 16, 24, 4, 5))), t, s), "several sizes"),
+        (lambda w, t, s: (with_layer(w, w, conv_bias=None), t, s), "some of them a bias"),
+        (lambda w, t, s: (w, t, [s[0], (s[0][0], s[0][1][..., :8])]), "the states have other shapes"),
+        (lambda w, t, s: (w, t.repeat(2), s), "the states have other shapes"),
     ],
 )
 def test_what_they_do_not_take(change, words):
     weights = at(model_of(SIZES[0]), HALF)
     states = [tuple(v.half() for v in pair) for pair in states_of(weights, 1)]
     assert words in arguments.obstacle_to_rows(*change(weights, torch.zeros(1, dtype=torch.int64), states))
+
+
+@pytest.mark.parametrize("place", ["lm_head", "in_proj", "x_proj", "out_proj"])
+def test_a_model_with_other_biases_goes_layer_by_layer(place):
+    model = MambaLMHeadModel(MambaConfig(d_model=16, n_layer=2, vocab_size=8))
+    assert whole_step._weights(model) is not None
+    owner = model if place == "lm_head" else model.backbone.layers[1].mixer
+    linear = getattr(owner, place)
+    linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+    assert whole_step._weights(model) is None
 
 
 def test_less_shared_memory_takes_fewer_stages():

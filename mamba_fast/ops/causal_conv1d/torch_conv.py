@@ -67,8 +67,11 @@ def update_torch(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_in
     (batch, _, tokens), width, state_len = x.shape, weight.shape[1], conv_state.shape[2]
     steps = torch.arange(state_len + tokens, device=x.device)[None]
     head = steps.new_zeros(batch, 1) if cache_seqlens is None else (cache_seqlens % state_len).long()[:, None]
-    entry = torch.arange(batch, device=x.device) if conv_state_indices is None else conv_state_indices.long()
-    alive = (entry >= 0) & (entry != pad_slot_id)
+    entry = torch.arange(batch, device=x.device)
+    alive = torch.ones_like(entry, dtype=torch.bool)
+    if conv_state_indices is not None:
+        entry = conv_state_indices.long()
+        alive = (entry >= 0) & (entry != pad_slot_id)
     entry = entry[alive]  # padding changes no state
     old = conv_state[entry].gather(2, _slots((head[alive] + steps[:, :state_len]) % state_len, x))
     seen = torch.cat([old, x[alive]], -1)  # oldest first

@@ -21,7 +21,7 @@ def update(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices,
     bias, cache_seqlens, conv_state_indices = (
         None if v is None else v.contiguous() for v in (bias, cache_seqlens, conv_state_indices)
     )
-    side_by_side = x.stride(1) == 1 and conv_state.is_contiguous() and weight.is_contiguous()
+    side_by_side = x.stride(1) == y.stride(1) == 1 and conv_state.is_contiguous() and weight.is_contiguous()
     if tokens == 1 and width == state_len == TOKEN and cache_seqlens is None and side_by_side:
         given = x, weight, bias, conv_state_indices, conv_state, y
         _token_launch(looks(*given), silu, pad_slot_id, x.device)(*given)
@@ -44,7 +44,7 @@ def _token_launch(looks, silu, pad_slot_id, device):
     batch, channels, _ = x.shape
     block_d = min(256, next_power_of_2(channels))
     return Launch(
-        conv_token_kernel, (-(-channels // block_d), -(-batch // 2)),
+        conv_token_kernel, (-(-batch // 2), -(-channels // block_d)),
         batch, x.strides[0], 0, y.strides[0], pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1, PDL=False,
         BLOCK_M=2, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
@@ -118,8 +118,8 @@ def conv_token_kernel(
 
     The four places of a channel are one access. x is the sum of PARTS arrays, x_part apart.
     """
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d, k, entry, alive = d < CHANNELS, tl.arange(0, 4), m, m < batch
     if indices_ptr is not None:
         entry = tl.load(indices_ptr + m, mask=alive, other=-1).to(tl.int64)

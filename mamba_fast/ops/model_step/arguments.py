@@ -81,7 +81,13 @@ def _obstacle_to_both(weights, tokens, states):
         return "the model has no layer"
     if dtype not in TYPES:
         return f"the weights are {dtype}, not float16 or bfloat16"
+    first = _shapes(weights.layers[0])
+    if any(_shapes(layer) != first for layer in weights.layers):
+        return "the layers have several sizes, or some of them a bias of the convolution"
     d_model, d_inner = weights.head.shape[1], weights.layers[0].D.shape[0]
+    kept = [(len(tokens), d_inner, n) for n in (weights.layers[0].conv.shape[1], weights.d_state)]
+    if any(tuple(v.shape) != shape for pair in states for v, shape in zip(pair, kept, strict=True)):
+        return f"the states have other shapes than {kept[0]} and {kept[1]}"
     if any(size % 8 for size in (d_model, d_inner, weights.dt_rank, weights.dt_rank + 2 * weights.d_state)):
         return "d_model, d_inner, dt_rank and dt_rank + 2 N have to be multiples of 8"
     plain = [weights.embedding, weights.norm_f, weights.head]
@@ -98,3 +104,7 @@ def _obstacle_to_both(weights, tokens, states):
     if any(not v.is_contiguous() or v.device != tokens.device for v in everything):
         return "something is not contiguous, or on another device"
     return "an address is no multiple of 16 bytes" if any(v.data_ptr() % 16 for v in plain) else None
+
+
+def _shapes(layer):
+    return [None if v is None else v.shape for v in layer]

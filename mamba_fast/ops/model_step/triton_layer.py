@@ -21,8 +21,11 @@ def norm_kernel(
     """residual += what out_proj gave (before the first layer: = the embedding), out = RMSNorm(residual)."""
     row, e = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_E)
     mask, at = e < E, row * E + e
-    weight = tl.load(weight_ptr + e, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        weight = tl.load(weight_ptr + e, mask=mask, other=0.0).to(tl.float32)
     meet(PDL)
+    if PARTS == 0:  # what comes before a step may be anything, also a change of weights
+        weight = tl.load(weight_ptr + e, mask=mask, other=0.0).to(tl.float32)
     if PARTS == 0:
         token = tl.load(tokens_ptr + row)
         residual = tl.load(embedding_ptr + token * E + e, mask=mask, other=0.0).to(tl.float32)
