@@ -53,6 +53,13 @@ def on_device_of(x):
     return torch.cuda.device(x.device)
 
 
+def shared_limit(device):
+    """Bytes of SRAM that a block, or program, may have at most; without a GPU as much as an H100's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def multiprocessors(x):
     """How many programs x's device runs side by side at least; 1 in the interpreter."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mamba_fast import nvrtc
+from mamba_fast.ops.rooms import shared_limit
 
 _FOLDER = Path(__file__).parent
 SOURCES = [
@@ -79,7 +80,7 @@ def _plan(weights, tokens, states):
 def _new_plan(weights, batch, states, rows, device):
     wide = states[0][0].dtype == torch.float32
     macros = macros_for(weights, batch, states[0][0].shape[2], wide, _multiprocessors(device))
-    macros["RING"] = ring_for(macros, _shared_limit(device))
+    macros["RING"] = ring_for(macros, shared_limit(device))
     if not fits(macros):
         return None
     ranks = batch * (weights.dt_rank + 2 * weights.d_state)
@@ -140,12 +141,6 @@ def shared_bytes(macros):
     floats = WORKERS // 32 * (GROUP * batch + 8) + own * batch + ranks + readers * ranks
     piece = 2 * macros["PIECE"] + 2 * 8
     return macros["RING"] * piece + macros["LAYERS"] * 12 * 8 + 4 * floats + 2 * 8 * -(-own // 16) * 16 + 64
-
-
-def _shared_limit(device):
-    if device.type != "cuda":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _multiprocessors(device):

@@ -9,7 +9,7 @@ import triton
 
 from mamba_fast.ops.causal_conv1d.triton_update import conv_token_kernel
 from mamba_fast.ops.model_step.triton_layer import norm_kernel, product_kernel, recur_kernel
-from mamba_fast.ops.rooms import on_device_of
+from mamba_fast.ops.rooms import on_device_of, shared_limit
 from mamba_fast.ops.triton_launch import Launch
 
 AHEAD = 1024  # bytes of a row of weights that are asked for before the vectors are there
@@ -88,7 +88,7 @@ class _Launches(NamedTuple):
 def _launches(batch, E, D, R, N, eps, types, device):
     """The launches of a layer; `types` of weights and states play a part as a key alone."""
     pdl = {"launch_pdl": True} if device.type == "cuda" else {}
-    limit = _shared_limit(device)
+    limit = shared_limit(device)
     tiles = Tiles(*(_fitting(tile, limit) for tile in tiles_for(batch)))
 
     def options(tile):
@@ -137,9 +137,3 @@ def _ahead(tile, columns):
     """Bytes of a row to ask for, of which there are `columns` numbers at least: the same for each thread."""
     pieces = 32 * tile.warps // tile.n
     return min(AHEAD, 2 * columns) // pieces // 16 * 16 * pieces
-
-
-def _shared_limit(device):
-    if device.type != "cuda":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
