@@ -10,8 +10,13 @@ from mamba_fast.ops.next_token import Slots, greedy_token, record
 from mamba_fast.ops.next_token.torch_next import penalise
 from mamba_fast.prompt_graphs import PromptGraphs
 from mamba_fast.sampling import sample
+from mamba_fast.whole_step import whole_step
 
 RING = 128  # tokens that a decoder takes and gives before the host looks after it
+SEVERAL = 8  # steps that are one graph, where nobody looks in between
+# Bytes of parameters up to which they are: the step of a larger model is so long that the launch of a graph
+# is nothing beside it.
+MOST_BYTES = 2**30
 MOST_GRAPHS = 16  # of one model, the least recently used one is given up first
 WARMUPS = 2
 
@@ -31,6 +36,11 @@ class Recipe:
     vocab_size: int | None = None
 
     @property
+    def plain(self):
+        """Whether the token is the likeliest of the logits as they are."""
+        return self.top_k == 1 and not self.penalty and not self.forced
+
+    @property
     def random(self):
         return self.top_k != 1
 
@@ -46,7 +56,8 @@ class Decoder:
 
     def __init__(self, model, batch, recipe, states):
         weight = model.lm_head.weight
-        self.recipe, self.graph, self.logits = recipe, None, None
+        self.recipe, self.logits = recipe, None
+        self.graphs, self.most, self.side = {}, 1, None  # {steps: (graph, where its logits are)}
         self.prompts = self.pool = None  # of a captured one: graphs that read a prompt, and their memory
         self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
 
@@ -82,14 +93,22 @@ class Decoder:
             if new is not None:
                 kept[: len(new)].copy_(new)
 
-    def advance(self, model):
-        """One token more."""
-        if self.graph is None:
+    def advance(self, model, wanted=1):
+        """One token more, or if at least SEVERAL are wanted, perhaps as many; returns how many.
+
+        `logits` are those of the last one.
+        """
+        steps = 1
+        if not self.graphs:
             self._step(model)
         else:
-            self.graph.replay()
-            self.logits = self.captured_logits
-        self.params.seqlen_offset += 1
+            steps = SEVERAL if min(wanted, self.most) >= SEVERAL else 1
+            if steps not in self.graphs:
+                self._capture(model, steps)
+            graph, self.logits = self.graphs[steps]
+            graph.replay()
+        self.params.seqlen_offset += steps
+        return steps
 
     def choose(self, logits):
         """The next token of logits (B, V), written to its slots. The logits are kept as they were."""
@@ -111,18 +130,31 @@ class Decoder:
     def capture(self, model, pool):
         """Make a CUDA graph of the step. It changes the states: a prompt has to follow."""
         device = self.slots.token.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # kernels are compiled and libraries made ready before the capture
+        self.side, self.pool = torch.cuda.Stream(device), pool
+        self.side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.side):  # kernels are compiled and libraries made ready before the capture
             for _ in range(WARMUPS):
                 self._step(model)
-        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(self.side)
+        if sum(p.numel() * p.element_size() for p in model.parameters()) <= MOST_BYTES:
+            self.most = SEVERAL
+        self._capture(model, 1)
+
+    def _capture(self, model, steps):
+        """A graph of so many steps. It runs nothing."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._step(model)
-        self.graph, self.captured_logits = graph, self.logits  # where every replay leaves them
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+            for _ in range(steps):
+                self._step(model)
+        self.graphs[steps] = graph, self.logits  # where every replay leaves them
 
     def _step(self, model):
+        if self.recipe.plain:
+            columns = self.recipe.vocab_size
+            logits = whole_step(model, self.slots.token, self.params, self.slots, columns)
+            if logits is not None:
+                self.logits = logits[:, -1, :columns]
+                return
         out = model(self.slots.token, inference_params=self.params, num_last_tokens=1)
         self.choose(out.logits[:, -1])
 
@@ -155,7 +187,6 @@ class Graphs:
             found = Decoder(model, batch, recipe, self.states)
             found.capture(model, self.pool)
             found.prompts = self.prompts.setdefault(batch, PromptGraphs(batch, self.states))
-            found.pool = self.pool
         self.decoders[batch, recipe] = found  # the last one is the one used last
         return found
 

@@ -67,9 +67,10 @@ def decode(
     teacher_outputs : (B, T), prompt included: tokens to take in place of a sample, as far as they go. A
         row then ends by eos only when all do at once.
     vocab_size : use the first so many logits; None: all, those of the padded vocabulary too
-    cg : take every step as one CUDA graph, captured once for a batch size and kinds of filters, and kept
-        with the states; a prompt too, padded to one of a few lengths, unless it keeps the GPU busy by
-        itself or prefill_chunk is given. On a CPU without effect.
+    cg : take every step as one CUDA graph (of a small model eight steps, where nobody looks at each),
+        captured once for a batch size and kinds of filters, and kept with the states; a prompt too, padded
+        to one of a few lengths, unless it keeps the GPU busy by itself or prefill_chunk is given. On a CPU
+        without effect.
     enable_timing : print the time of prompt and decoding
     output_scores : keep the raw logits of every new token, before penalty and filters
     streamer : its `put` gets the prompt, then the tokens (B, 1) of every step, on the CPU; then `end`
@@ -134,15 +135,18 @@ class _Run:
 
     def _steps(self, logits, new):
         """Take the steps; yields how many tokens there are now."""
-        for done in range(new):
+        done, followed = 0, self.output_scores or self.streamer is not None or len(self.eos)
+        while done < new:
             if done % RING == 0:
                 parts = (v if v is None else v[done : done + RING] for v in (self.uniforms, self.forced))
                 self.decoder.refill(*parts)
             if done == 0:
                 self.decoder.choose(logits)
+                done = 1
             else:
-                self.decoder.advance(self.model)
-            yield done + 1
+                left = min(new - done, RING - done % RING)
+                done += self.decoder.advance(self.model, 1 if followed else left)
+            yield done
 
     def _follow(self, steps):
         """`steps`, seen from the host, where someone has to look: on a GPU one step behind it."""

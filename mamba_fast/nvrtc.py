@@ -116,10 +116,12 @@ class Kernel:
     """
 
     __slots__ = (
+        "_can_be_early",
         "_context",
         "_current_device",
         "_function",
         "_launch",
+        "_launch_early",
         "_stream",
         "device",
         "entry",
@@ -153,10 +155,11 @@ class Kernel:
 
         torch.cuda.init()
         self.device, self.entry, self.shared_bytes = device, entry, shared_bytes
-        self._launch = driver.cuLaunchKernel
+        self._launch, self._launch_early = driver.cuLaunchKernel, driver.cuLaunchKernelEx
         self._current_device = torch._C._cuda_getDevice
         self._stream = torch._C._cuda_getCurrentRawStream
         self._context = _primary_context(device)
+        self._can_be_early = torch.cuda.get_device_capability(device) >= (9, 0)
         what = f"loading {entry} on cuda:{device}"
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         with _active(self._context), _allowed_in_capture():
@@ -168,12 +171,14 @@ class Kernel:
             dynamic = driver.cuFuncSetAttribute(self._function, limit, shared_bytes)
             _checked(dynamic, f"{what}: {shared_bytes} bytes of shared memory a block")
 
-    def launch(self, grid, threads, params, stream=None, cooperative=False):
+    def launch(self, grid, threads, params, stream=None, cooperative=False, early=False):
         """Put `grid` blocks (1 to 2^31 - 1) of `threads` threads onto a stream of the kernel's device.
 
         params : ctypes.Structure, copied before this returns; it has to match the kernel's struct
         stream : cudaStream_t as an integer; default: torch's current stream of that device
         cooperative : all blocks are on the chip at the same time, so that they can wait for each other
+        early : where the device can (compute capability 9.0), it begins while the kernel before it ends.
+            It has to wait for that one itself, as take_turn in cuda_machine.cuh does.
 
         RuntimeError if the launch is refused. What goes wrong later, on the GPU, torch reports.
         """
@@ -184,20 +189,25 @@ class Kernel:
         argument = ctypes.addressof(pointer)
         if cooperative:
             return self._launch_together(grid, threads, argument, stream)
+        early = early and self._can_be_early
         if self._current_device() == self.device:
-            (code,) = self._launch(
-                self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, argument, 0
-            )
+            code = self._put(grid, threads, argument, stream, early)
             if not code:
                 return
             if code != 201:  # CUDA_ERROR_INVALID_CONTEXT: this thread has not used CUDA yet
                 self._refused(code, grid, threads)
         with _active(self._context):
-            (code,) = self._launch(
-                self._function, grid, 1, 1, threads, 1, 1, self.shared_bytes, stream, argument, 0
-            )
+            code = self._put(grid, threads, argument, stream, early)
         if code:
             self._refused(code, grid, threads)
+
+    def _put(self, grid, threads, argument, stream, early):
+        """The driver's code."""
+        if early:
+            how = _early(grid, threads, self.shared_bytes, stream)
+            return self._launch_early(how, self._function, argument, 0)[0]
+        shape = (grid, 1, 1, threads, 1, 1, self.shared_bytes)
+        return self._launch(self._function, *shape, stream, argument, 0)[0]
 
     def _launch_together(self, grid, threads, argument, stream):
         from cuda.bindings import driver
@@ -211,6 +221,22 @@ class Kernel:
     def _refused(self, code, grid, threads):
         what = f"{grid} blocks of {threads} threads with {self.shared_bytes} bytes of dynamic shared memory"
         _checked((code,), f"launching {self.entry} on cuda:{self.device}, {what}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _early(grid, threads, shared_bytes, stream):
+    """The configuration of a launch that need not wait for the end of the kernel before it."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 @contextlib.contextmanager

@@ -9,11 +9,12 @@ from mamba_fast.ops.model_step import LayerWeights, Weights, model_step
 from mamba_fast.ops.rms_norm import RMSNorm
 
 
-def whole_step(model, input_ids, inference_params):
+def whole_step(model, input_ids, inference_params, slots=None, columns=None):
     """logits (B, 1, V) of the next token of every sequence, or None where the model goes layer by layer.
 
-    As :func:`model_step`, whose limits hold. Besides: RMSNorm with the residual stream in float32, no MLP, no
-    biases but those of the convolution and of Δ; no module replaced by another, none with a hook.
+    As :func:`model_step`, whose limits hold; `slots` are for a model whose own forward nobody has changed.
+    Besides: RMSNorm with the residual stream in float32, no MLP, no biases but those of the convolution and
+    of Δ; no module replaced by another, none with a hook.
     """
     if (
         inference_params is None
@@ -26,13 +27,13 @@ def whole_step(model, input_ids, inference_params):
     ):
         return None
     weights = _weights(model)
-    if weights is None:
+    if weights is None or (slots is not None and not _unchanged(model)):
         return None
     states = [
         block.mixer._get_states_from_cache(inference_params, len(input_ids))
         for block in model.backbone.layers
     ]
-    logits = model_step(weights, input_ids[:, 0].long().contiguous(), states)
+    logits = model_step(weights, input_ids[:, 0].long().contiguous(), states, slots, columns)
     return None if logits is None else logits[:, None]
 
 
@@ -74,6 +75,13 @@ def _layer(block, eps):
         mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D,
         mixer.out_proj.weight,
     )  # fmt: skip
+
+
+def _unchanged(model):
+    """Whether calling it runs MambaLMHeadModel's forward and nothing else."""
+    from mamba_fast.model import MambaLMHeadModel
+
+    return _plain((model,), (MambaLMHeadModel,))
 
 
 def _plain(modules, kinds):

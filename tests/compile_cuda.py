@@ -39,7 +39,7 @@ class Noted:
 
     calls: ClassVar[dict] = {}
 
-    def launch(self, *args):
+    def launch(self, *args, early):
         pass
 
     @classmethod

@@ -37,7 +37,7 @@ class EmulatedKernel:
             cls.loaded[key] = cls(ctypes.CDLL(str(build(sources, defines, entry))), shared_bytes)
         return cls.loaded[key]
 
-    def launch(self, grid, threads, params, stream=None, cooperative=False):
+    def launch(self, grid, threads, params, stream=None, cooperative=False, early=False):
         self.library.launch(ctypes.byref(params), grid, threads, self.shared_bytes)
 
 

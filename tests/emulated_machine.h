@@ -118,6 +118,7 @@ static void unpack(uint32 word, float& first, float& second) {
 static uint32 pack(float first, float second) { return from_float(first).bits | (uint32)from_float(second).bits << 16; }
 #endif
 
+static void take_turn() {}
 static int thread_number() { return threadIdx.x; }
 static float ex2(float x) { return exp2f(x); }
 static float reciprocal(float x) { return 1.f / x; }
@@ -229,6 +230,7 @@ static void copy_bytes(void* to, const void* from, int bytes, gate_t* gate) {
   memcpy(to, from, bytes);
   change(gate, 0, -bytes);
 }
+static bool came_last(uint32*, uint32) { return true; }
 static int workers;
 static void meet_in_block(int count) { workers = count, wait_for(4); }
 static void meet(uint32*, uint32& due, int blocks, int count) {

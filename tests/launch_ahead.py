@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from launch_inputs import CONVS, NORMS, conv, norm, unaligned
+from launch_inputs import CONVS, NORMS, UPDATES, conv, norm, unaligned, update
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from mamba_fast.ops import triton_launch
 from mamba_fast.ops.causal_conv1d import triton_conv
 from mamba_fast.ops.rms_norm import triton_norm
+from mamba_fast.ops.selective_state_update import triton_update
 from mamba_fast.ops.triton_launch import Launch
 
 FACTOR = tl.constexpr(3)
@@ -144,8 +145,14 @@ def check_the_convolutions():
             conv(**options)[0]()
 
 
+def check_the_updates():
+    with comparing():
+        for options in UPDATES:
+            update(**options)[0]()
+
+
 def check_every_kernel_was_compared():
-    rooms = vars(triton_norm) | vars(triton_conv)
+    rooms = vars(triton_norm) | vars(triton_conv) | vars(triton_update)
     left = {"reach_kernel", "conv_update_kernel", "conv_states_kernel"}
     assert {name for name in rooms if name.endswith("_kernel")} - left == COMPARED
 

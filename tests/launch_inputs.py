@@ -1,9 +1,11 @@
 """Calls of the rooms whose launches are prepared, and kinds of them that need a compiled form each."""
 
 import torch
+from step_inputs import at_types, step_inputs
 
 from mamba_fast.ops.causal_conv1d import triton_conv
 from mamba_fast.ops.rms_norm import triton_norm
+from mamba_fast.ops.selective_state_update import triton_update
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -76,4 +78,29 @@ CONVS = (
     dict(init=HALF), dict(silu=False), dict(channels=15), dict(width=3), dict(at=unaligned), dict(at=apart),
     dict(columns=True), dict(columns=True, x=SINGLE), dict(columns=True, bias=False),
     dict(columns=True, packed=True, init=HALF), dict(columns=True, channels=15),
+)  # fmt: skip
+
+
+def update(
+    seed=0, device="cpu", batch=3, heads=0, channels=16, d_state=16, groups=1, tied=False, state=HALF,
+    io=HALF, indices=False, softplus=True, width=None, without=(), at=torch.clone,
+):  # fmt: skip
+    """One update, which begins with the same state every time: a function of nothing, and its inputs."""
+    sizes = batch, heads, width or channels, d_state, groups
+    k = at_types(step_inputs(*sizes, seed=seed, tied=tied, device=device), state, io)
+    k |= {"x": at(k["x"]), "dt_softplus": softplus} | dict.fromkeys(without)
+    marks = torch.arange(batch, device=device).flip(0).int() if indices else None
+    first, *rest = k.values()
+
+    def run():
+        now = first.clone()
+        return triton_update.update(now, *rest, marks), now
+
+    return run, (first, *rest[:8])
+
+
+UPDATES = (
+    {}, dict(batch=64, channels=200), dict(heads=4, groups=2), dict(heads=4, tied=True), dict(d_state=5),
+    dict(state=SINGLE), dict(io=SINGLE), dict(indices=True), dict(softplus=False), dict(at=unaligned),
+    dict(at=apart), dict(without=("D", "z", "dt_bias")),
 )  # fmt: skip

@@ -4,8 +4,19 @@ Launched with launch_pdl=True (compute capability 9.0 and later) a kernel begins
 still runs. What does not depend on that one comes before `meet`.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+
+
+@functools.cache
+def early(device):
+    """Options of a launch on `device`: where it can, a kernel begins while the one before it ends."""
+    can = device.type == "cuda" and torch.version.hip is None
+    can = can and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
 
 
 @triton.jit

@@ -235,6 +235,29 @@ def test_text_longer_than_the_ring(monkeypatch):
     assert torch.equal(text_of(model, ids, new, seed=1, **SAMPLED), out.sequences)
 
 
+@pytest.mark.parametrize("new", [1, 2, 3, 6, 7, 12, 13, 20])
+def test_several_steps_at_a_time_give_the_same_text(monkeypatch, new):
+    """As graphs of several steps do it, where nobody looks in between; a ring has room for six tokens."""
+    for module in (decoding, generation):
+        monkeypatch.setattr(module, "RING", 6)
+    model, ids, taken = fast_model(reference_model(27)), token_ids(28, 2, 3), []
+    options = dict(seed=1, **SAMPLED)
+    want = text_of(model, ids, new, output_scores=True, **options)
+
+    def several(self, model, wanted=1, right=decoding.Decoder.advance):
+        taken.append(3 if wanted >= 3 else 1)
+        return sum(right(self, model) for _ in range(taken[-1]))
+
+    monkeypatch.setattr(decoding.Decoder, "advance", several)
+    assert torch.equal(text_of(model, ids, new, **options), want)
+    assert sum(taken) == new - 1
+    assert (3 in taken) == (new > 3)
+    taken.clear()
+    for looks in (dict(streamer=Listener()), dict(eos_token_id=10**6), dict(output_scores=True)):
+        assert torch.equal(text_of(model, ids, new, **options, **looks), want)
+    assert set(taken) <= {1}
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_mode_of_the_caller_does_not_matter(first):
     """What comes out can be trained on, also where the call stood in inference_mode."""

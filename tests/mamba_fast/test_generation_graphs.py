@@ -65,6 +65,27 @@ def test_a_graph_is_captured_once_for_a_batch_and_kinds_of_filters(captures):
     assert len(captures) == 3
 
 
+def test_several_steps_are_one_graph_of_a_small_model_where_nobody_looks(monkeypatch):
+    model, ids = fast_model(reference_model(23), "cuda"), ids_of(24, 2, 5)
+    recipe, several = decoding.Recipe(), decoding.SEVERAL
+
+    def graphs():
+        return sorted(decoding.captured_decoder(model, 2, recipe).graphs)
+
+    want = text_of(model, ids, 3 * several)
+    for looks in (dict(streamer=Listener()), dict(output_scores=True)):
+        assert torch.equal(text_of(model, ids, 3 * several, cg=True, **looks), want)
+    assert torch.equal(text_of(model, ids, several, cg=True), want[:, : 5 + several])
+    assert graphs() == [1]
+    for new in (3 * several, several + 1, several + 2, 3 * several):
+        assert torch.equal(text_of(model, ids, new, cg=True), want[:, : 5 + new])
+    assert graphs() == [1, several]
+    decoding.forget_graphs(model)
+    monkeypatch.setattr(decoding, "MOST_BYTES", 0)
+    assert torch.equal(text_of(model, ids, 3 * several, cg=True), want)
+    assert graphs() == [1]
+
+
 def test_a_smaller_batch_after_a_larger_one_and_the_other_way(captures):
     model = fast_model(reference_model(8), "cuda")
     for batch in (4, 2, 4, 1, 6, 2):

@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from launch_inputs import CONVS, HALF, NORMS, conv, norm, unaligned
+from launch_inputs import CONVS, HALF, NORMS, UPDATES, conv, norm, unaligned, update
 from triton.runtime.jit import JITFunction
 
 from mamba_fast import causal_conv1d_fn, rms_norm_fn
 from mamba_fast.ops.causal_conv1d import triton_conv
 from mamba_fast.ops.rms_norm import triton_norm
+from mamba_fast.ops.selective_state_update import triton_update
 from mamba_fast.ops.triton_launch import Launch
 
 pytestmark = pytest.mark.triton
@@ -25,6 +26,7 @@ ENVIRONMENT = {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(TESTS
 CHECKS = (
     "the_norms",
     "the_convolutions",
+    "the_updates",
     "every_kernel_was_compared",
     "each_alignment_has_its_form",
     "each_device_has_its_form",
@@ -55,14 +57,20 @@ def test_without_a_gpu(ahead, check):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("call, room", [(norm, triton_norm), (conv, triton_conv)])
-def test_a_call_that_comes_again_prepares_nothing(call, room):
-    prepared = room._forward_launch, room._backward_launches
+@pytest.mark.parametrize(
+    "call, prepared",
+    [
+        (call, (room._forward_launch, room._backward_launches))
+        for call, room in ((norm, triton_norm), (conv, triton_conv))
+    ]
+    + [(update, (triton_update._launch,))],
+)
+def test_a_call_that_comes_again_prepares_nothing(call, prepared):
     for kept in prepared:
         kept.cache_clear()
     for seed in range(3):
         call(seed, DEVICE, width=4)[0]()
-        assert [kept.cache_info().misses for kept in prepared] == [1, 1]
+        assert {kept.cache_info().misses for kept in prepared} == {1}
 
 
 def as_triton_launches(monkeypatch, run):
@@ -91,7 +99,12 @@ def own(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "call, options", [*((norm, options) for options in NORMS), *((conv, options) for options in CONVS)]
+    "call, options",
+    [
+        (call, options)
+        for call, kinds in ((norm, NORMS), (conv, CONVS), (update, UPDATES))
+        for options in kinds
+    ],
 )
 def test_the_same_bits_for_each_kind_of_call(monkeypatch, own, call, options):
     runs = [call(seed, DEVICE, **options)[0] for seed in range(3)]  # all of them alive: other addresses
@@ -103,7 +116,7 @@ def test_the_same_bits_for_each_kind_of_call(monkeypatch, own, call, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [norm, conv])
+@pytest.mark.parametrize("call", [norm, conv, update])
 def test_the_same_bits_for_changing_alignments(monkeypatch, call):
     runs = [call(seed, DEVICE, at=at)[0] for seed in range(3) for at in (torch.clone, unaligned)]
     got = [run() for run in runs]
@@ -111,7 +124,7 @@ def test_the_same_bits_for_changing_alignments(monkeypatch, call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [norm, conv])
+@pytest.mark.parametrize("call", [norm, conv, update])
 def test_on_the_stream_of_the_moment(own, call):
     """The inputs arrive late on that stream: a launch on another one would read what was there before."""
     (run, inputs), (late, others) = call(0, DEVICE), call(1, DEVICE)
@@ -131,7 +144,7 @@ def test_on_the_stream_of_the_moment(own, call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [norm, conv])
+@pytest.mark.parametrize("call", [norm, conv, update])
 def test_under_a_graph_capture(own, call):
     (run, inputs), (later, others) = call(0, DEVICE), call(1, DEVICE)
     run(), later()
@@ -150,7 +163,7 @@ def test_under_a_graph_capture(own, call):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU at most")
-@pytest.mark.parametrize("call", [norm, conv])
+@pytest.mark.parametrize("call", [norm, conv, update])
 def test_on_another_device(call):
     """Where tensors look as they did on the first."""
     want = call(0, "cuda:0")[0]()

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton import next_power_of_2
 
 from mamba_fast.ops.causal_conv1d.triton_steps import LOG2E, activate, convolve, load_weight
-from mamba_fast.ops.triton_chain import add_parts, meet
+from mamba_fast.ops.triton_chain import add_parts, early, meet
 from mamba_fast.ops.triton_launch import Launch, looks, named
 
 TOKEN = 4  # taps and places of the register that conv_token_kernel is made for
@@ -45,8 +45,8 @@ def _token_launch(looks, silu, pad_slot_id, device):
     block_d = min(256, next_power_of_2(channels))
     return Launch(
         conv_token_kernel, (-(-batch // 2), -(-channels // block_d)),
-        batch, x.strides[0], 0, y.strides[0], pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1, PDL=False,
-        BLOCK_M=2, BLOCK_D=block_d, num_warps=4,
+        batch, x.strides[0], 0, y.strides[0], pad_slot_id, CHANNELS=channels, SILU=silu, PARTS=1,
+        KNOWN=False, BLOCK_M=2, BLOCK_D=block_d, num_warps=4, **early(device),
     )  # fmt: skip
 
 
@@ -112,12 +112,14 @@ def conv_update_kernel(
 def conv_token_kernel(
     x_ptr, weight_ptr, bias_ptr, indices_ptr, state_ptr, y_ptr, batch, x_stride, x_part, y_stride,
     pad_slot_id, CHANNELS: tl.constexpr, SILU: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    KNOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token of BLOCK_D channels of BLOCK_M sequences; four taps, and conv_state (entries, D, 4).
 
     The four places of a channel are one access. x is the sum of PARTS arrays, x_part apart.
+    KNOWN: the kernel before this one writes x and nothing else of what is read here.
     """
+    meet(PDL and not KNOWN)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d, k, entry, alive = d < CHANNELS, tl.arange(0, 4), m, m < batch
@@ -131,7 +133,7 @@ def conv_token_kernel(
     bias = 0.0
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    meet(PDL)
+    meet(PDL and KNOWN)
     x = add_parts(x_ptr + m[:, None] * x_stride + d[None, :], mask, tl.cast(x_part, tl.int64), PARTS)
     even, odd = tl.split(past.reshape(BLOCK_M, BLOCK_D, 2, 2))
     _, x2 = tl.split(even)

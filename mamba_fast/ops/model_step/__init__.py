@@ -4,11 +4,12 @@ import torch
 
 from mamba_fast import nvrtc
 from mamba_fast.ops.model_step.arguments import LayerWeights, Weights, obstacle, obstacle_to_rows
+from mamba_fast.ops.next_token import greedy_token
 
 __all__ = ["LayerWeights", "Weights", "model_step"]
 
 
-def model_step(weights, tokens, states):
+def model_step(weights, tokens, states, slots=None, columns=None):
     """logits (B, V) of the next token after tokens (B,) int64, or None where it has to go op by op.
 
     h ← exp(Δ A) h + Δ B u and all around it, for every layer (Algorithm 2 for a single t, figure 3). On an
@@ -20,6 +21,9 @@ def model_step(weights, tokens, states):
     weights : Weights
     states : [(conv_state (B, D, K), ssm_state (B, D, N))], one a layer, changed in place, in the type of
         the weights or float32
+    slots : Slots of next_token without a penalty, or None: there the likeliest token of the first `columns`
+        logits (all by default) is recorded, as greedy_token does it, by the one launch itself or one more
+    columns : see slots
 
     Notes
     -----
@@ -31,14 +35,17 @@ def model_step(weights, tokens, states):
     if "cuda" in backends and nvrtc.available() and obstacle(weights, tokens, states) is None:
         from mamba_fast.ops.model_step import cuda_step
 
-        logits = cuda_step.step(weights, tokens, states)
+        logits = cuda_step.step(weights, tokens, states, slots, columns)
         if logits is not None:
             return logits
     if "triton" not in backends or obstacle_to_rows(weights, tokens, states) is not None:
         return None
     from mamba_fast.ops.model_step import triton_step
 
-    return triton_step.step(weights, tokens, states)
+    logits = triton_step.step(weights, tokens, states)
+    if slots is not None:
+        greedy_token(logits[:, :columns], slots)
+    return logits
 
 
 def _backends(tokens):

@@ -17,6 +17,7 @@ SOURCES = [
     _FOLDER / "step_machine.cuh",
     _FOLDER / "step_product.cuh",
     _FOLDER / "step_layer.cuh",
+    _FOLDER / "step_choice.cuh",
     _FOLDER / "model_step.cu",
 ]
 WORKERS = 480  # threads that compute; 32 more bring the weights
@@ -24,7 +25,7 @@ GROUP = 96  # as in step_product.cuh
 FLIGHT = 3  # pieces of weights that a block has on their way at a time
 MOST_PIECE = 12288  # numbers of a piece, at most
 _IO = {torch.float16: 1, torch.bfloat16: 2}
-_PARAMS = struct.Struct("12qif")  # struct Params in model_step.cu
+_PARAMS = struct.Struct("18q3if")  # struct Params in model_step.cu
 _MOST_PLANS = 16
 _plans = OrderedDict()  # (addresses, sizes): the plan
 _captured = {}  # those that a CUDA graph reads: kept for the life of the process, as it has their addresses
@@ -39,19 +40,25 @@ class Plan(NamedTuple):
     blocks: int
 
 
-def step(weights, tokens, states):
+def step(weights, tokens, states, slots=None, columns=None):
     """logits (B, V) of tokens (B,) int64; states [(conv_state, ssm_state)] are changed in place.
 
-    None where the weights of eight rows do not fit into the shared memory of a block; and while a CUDA
-    graph is being captured of a step that has not run before, whose table of addresses has to be on the
-    device already.
+    slots, columns : as model_step takes them. None where the weights of eight rows do not fit into the shared
+    memory of a block; and while a CUDA graph is being captured of a step that has not run before, whose table
+    of addresses has to be on the device already.
     """
     plan = _plan(weights, tokens, states)
     if plan is None:
         return None
     logits = weights.head.new_empty(len(tokens), len(weights.head))
-    given = (plan.layers, weights.embedding, weights.norm_f, weights.head, tokens, logits, *plan.scratch)
-    packed = _PARAMS.pack(*(v.data_ptr() for v in given), len(weights.head), weights.eps)
+    *scratch, best = plan.scratch
+    given = (plan.layers, weights.embedding, weights.norm_f, weights.head, tokens, logits, *scratch)
+    places, counts = 6 * [0], (0, 0)
+    if slots is not None:
+        chosen = (slots.eos, slots.token, slots.tokens, slots.place, slots.finished, best)
+        places = [v.data_ptr() for v in chosen]
+        counts = (len(weights.head) if columns is None else columns, len(slots.eos))
+    packed = _PARAMS.pack(*(v.data_ptr() for v in given), *places, *counts, len(weights.head), weights.eps)
     params = ctypes.create_string_buffer(packed, _PARAMS.size)
     plan.kernel.launch(plan.blocks, WORKERS + 32, params, cooperative=True)
     return logits
@@ -91,6 +98,7 @@ def _new_plan(weights, batch, states, rows, device):
         torch.empty(ranks, **single),  # ranks
         weights.head.new_empty(batch, macros["D_INNER"]),  # y
         *torch.zeros(2, 8, dtype=torch.int32, device=device),  # arrivals, start
+        torch.empty(macros["BLOCKS"], batch, dtype=torch.int64, device=device),  # best
     ]
     kernel = nvrtc.Kernel.load(SOURCES, macros, "model_step", shared_bytes(macros), device=device.index)
     return Plan(kernel, torch.tensor(rows, device=device), scratch, macros["BLOCKS"])
@@ -140,7 +148,7 @@ def shared_bytes(macros):
     readers = max(1, WORKERS // (ranks // 4))
     floats = WORKERS // 32 * (GROUP * batch + 8) + own * batch + ranks + readers * ranks
     piece = 2 * macros["PIECE"] + 2 * 8
-    return macros["RING"] * piece + macros["LAYERS"] * 12 * 8 + 4 * floats + 2 * 8 * -(-own // 16) * 16 + 64
+    return macros["RING"] * piece + macros["LAYERS"] * 12 * 8 + 4 * floats + 2 * 8 * -(-own // 16) * 16 + 80
 
 
 def _multiprocessors(device):

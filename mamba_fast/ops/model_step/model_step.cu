@@ -137,11 +137,12 @@ __device__ __forceinline__ void work(const Params& p, Room& room, Ring ring, Sha
     });
   }
   meet(p.arrivals, due, BLOCKS, WORKERS);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.start = due;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.start = due + (p.choice.columns ? BLOCKS : 0);
   normalised(x, room.squares, p.norm_f, p.eps, Residual{p, LAYERS});
   Product<D_MODEL>::results(ring, words.count, x, room.sums, [&](int row, int b, float value, bool) {
     p.logits[(int64)b * p.vocab + words.first + row] = from_float(value);
   });
+  if (p.choice.columns) choose(p, room, due, words);
 }
 
 extern "C" __global__ void __launch_bounds__(WORKERS + 32, 1) model_step(const __grid_constant__ Params p) {

@@ -28,6 +28,14 @@ struct Layer {
   state_t *conv_state, *ssm_state;
 };
 
+struct Choice {  // the places of next_token's Slots
+  const int64* eos;
+  int64 *token, *tokens, *place;
+  bool* finished;
+  unsigned long long* best;  // (BLOCKS, BATCH)
+  int columns, ends;         // logits to choose from, none if 0; tokens in eos
+};
+
 struct Params {
   const Layer* layers;
   const io_t *embedding, *norm_f, *head;
@@ -36,6 +44,7 @@ struct Params {
   float *residual, *partial, *ranks;  // (BATCH, D_MODEL); (BLOCKS, BATCH, RANKS) and its sum over the blocks
   io_t* y;                    // (BATCH, D_INNER)
   uint32 *arrivals, *start;   // the grid's barrier, and what it read when the last launch ended
+  Choice choice;
   int vocab;
   float eps;
 };
@@ -47,6 +56,7 @@ struct Room {  // shared memory
   float sums[WARPS * GROUP * BATCH];
   float squares[WARPS * 8];
   float z[OWN * BATCH];
+  int last;  // whether this block came last
   alignas(16) float ranks[BATCH * RANKS];
   float4 shares[READERS * QUADS];
   io_t u[8 * PIECES * 16];  // (sequence, channel), zeros beyond

@@ -18,6 +18,12 @@ __device__ __forceinline__ uint2 read_once_half(const void* from) {
 }
 
 // Written by other blocks before the last barrier: from the second-level cache.
+__device__ __forceinline__ unsigned long long read_shared(const unsigned long long* from) {
+  unsigned long long v;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ float read_shared(const float* from) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
@@ -85,6 +91,14 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
 
 // A barrier of the first `count` threads of the block.
 __device__ __forceinline__ void meet_in_block(int count) { asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory"); }
+
+// One thread of each block. Whether its block is the last one that comes; that one sees what the others wrote before.
+// `due` is what `arrivals` reads when all have come.
+__device__ __forceinline__ bool came_last(uint32* arrivals, uint32 due) {
+  uint32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+  return before + 1 == due;
+}
 
 // Returns when the first `count` threads of every block of the grid have come here, with what they wrote before. All
 // blocks have to be on the chip at the same time. `arrivals` counts up from launch to launch; `due` is what it reads when

@@ -116,7 +116,8 @@ def _launches(batch, E, D, R, N, eps, types, device):
         product(tiles.widen, 2 * D, E),
         Launch(
             conv_token_kernel, (-(-batch // conv.m), -(-D // conv.n)), batch, 2 * D, 2 * D * batch, D, -1,
-            CHANNELS=D, SILU=True, PARTS=tiles.widen.parts, BLOCK_M=conv.m, BLOCK_D=conv.n, **options(conv),
+            CHANNELS=D, SILU=True, PARTS=tiles.widen.parts, KNOWN=True, BLOCK_M=conv.m, BLOCK_D=conv.n,
+            **options(conv),
         ),
         product(tiles.ranks, R + 2 * N, D),
         Launch(

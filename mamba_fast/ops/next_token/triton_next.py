@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from mamba_fast.ops.rooms import on_device_of
+from mamba_fast.ops.triton_chain import early, meet
 
 BLOCK = 8192  # logits that are on their way at a time
 WARPS = 16
@@ -20,14 +21,16 @@ def greedy(logits, slots):
             logits, slots.token, slots.tokens, slots.place, slots.eos, slots.finished.view(torch.uint8), seen,
             slots.penalty, logits.stride(0), 0 if seen is None else seen.stride(0), batch, vocab,
             ENDS=len(slots.eos), BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=WARPS,
+            **early(logits.device),
         )  # fmt: skip
 
 
 @triton.jit
 def greedy_token_kernel(
     logits_ptr, token_ptr, tokens_ptr, place_ptr, eos_ptr, finished_ptr, seen_ptr, penalty_ptr, stride_logits,
-    stride_seen, batch, vocab, ENDS: tl.constexpr, BLOCK: tl.constexpr,
+    stride_seen, batch, vocab, ENDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    meet(PDL)
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_logits
     lanes = tl.arange(0, BLOCK)

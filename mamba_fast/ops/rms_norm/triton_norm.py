@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mamba_fast.ops.rooms import multiprocessors, on_device_of
+from mamba_fast.ops.triton_chain import early, meet
 from mamba_fast.ops.triton_launch import Launch, looks, named
 
 _FORWARD_TILE = 2048  # numbers a program, if more than one row fits
@@ -53,7 +54,7 @@ def forward(x, weight, bias, residual, eps, sum_dtype, rms, store, keep):
     """y like x, s = x + residual in `sum_dtype` if `store`; mean (not if rms) and 1 / std a row if `keep`."""
     x, residual = _in_rows(x), _in_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    launch = _forward_launch(looks(x, weight, bias, residual), eps, sum_dtype, rms, store, keep)
+    launch = _forward_launch(looks(x, weight, bias, residual), eps, sum_dtype, rms, store, keep, x.device)
     total = x.numel() // x.shape[-1] if keep else 0
     y = x.new_empty(x.shape)
     s = x.new_empty(x.shape if store else 0, dtype=sum_dtype)
@@ -68,14 +69,14 @@ def forward(x, weight, bias, residual, eps, sum_dtype, rms, store, keep):
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_launch(looks, eps, sum_dtype, rms, store, keep):
+def _forward_launch(looks, eps, sum_dtype, rms, store, keep, device):
     x, _, _, residual = named(looks)
     total, width = x.shape[:-1].numel(), x.shape[-1]
     plan = _plan(total, width, _FORWARD_TILE, _FORWARD_THREAD)
     return Launch(
         norm_forward_kernel, (-(-total // plan.rows),),
         _distance(x), _distance(residual), total, eps,
-        WIDTH=width, RMS=rms, ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps,
+        WIDTH=width, RMS=rms, ROWS=plan.rows, BLOCK=plan.block, num_warps=plan.warps, **early(device),
     )  # fmt: skip
 
 
@@ -155,9 +156,10 @@ def _tile_of(ptr, stride, rows, cols, mask):
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     x_stride, residual_stride, total, eps,
-    WIDTH: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """s = x + residual, y = (s - mean) / sqrt(mean of (s - mean)^2 + eps) · weight + bias; RMS: mean is 0."""
+    meet(PDL)
     first, i, cols = tl.program_id(0) * ROWS, tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask_rows, mask_cols = i < total - first, cols < WIDTH
     rows = first.to(tl.int64) + i

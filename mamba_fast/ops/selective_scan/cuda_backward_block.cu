@@ -218,6 +218,7 @@ __device__ __forceinline__ void walk(const Params& p, float4* memory, int pass) 
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const __grid_constant__ Params p) {
   extern __shared__ float4 memory[];
+  take_turn();
 #pragma unroll 1
   for (int pass = 0; pass < p.passes; pass++) walk(p, memory, pass);
 }

@@ -216,6 +216,7 @@ __device__ __forceinline__ void end_tile(const Params& p, float4* memory, const 
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const __grid_constant__ Params p) {
   extern __shared__ float4 memory[];
+  take_turn();
   find_block(p, 0, memory);
   const Block& k = block_in(memory);
   float2* running = reinterpret_cast<float2*>(memory + RUNNING);

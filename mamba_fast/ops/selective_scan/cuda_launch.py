@@ -53,4 +53,4 @@ class Launch:
             if tensor is not None:
                 pointers[_PLACES[name]] = tensor.data_ptr()
         params = ctypes.create_string_buffer(_HEAD.pack(*pointers) + self.tail, _SIZE)
-        self.kernel.launch(self.grid, self.threads, params)
+        self.kernel.launch(self.grid, self.threads, params, early=True)

@@ -59,6 +59,15 @@ __device__ __forceinline__ uint32 pack(float first, float second) {
   return word;
 }
 
+// A kernel that was launched early begins while the one before it ends. This waits until that one has written
+// everything; then the next kernel may begin.
+__device__ __forceinline__ void take_turn() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The thread's number, read anew: what follows from it need not live in registers from one use to the next.
 __device__ __forceinline__ int thread_number() {
   int v;

@@ -5,6 +5,7 @@
 // enter (B, S, D, N): what enters each stretch, H_{k+1} = exp(A sum Delta) H_k + local_k; along the tokens, or against
 // them with REVERSE. A total of NaN says that a packed sequence starts in the stretch: nothing passes.
 extern "C" __global__ void __launch_bounds__(128) scan_chain(const __grid_constant__ Params p) {
+  take_turn();
   int64 k = (int64)blockIdx.x * 128 + threadIdx.x, row = (int64)p.channels * N;
   if (k >= p.batch * row) return;
   int64 b = k / row, d = k % row / N, n = k % N;
@@ -25,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(128) scan_chain(const __grid_consta
 // Forward: the end state of a stretch from zero. REVERSE: A_bar g at its start from zero flow, x = dy and M = C.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_summary(const __grid_constant__ Params p) {
   extern __shared__ float4 memory[];
+  take_turn();
   find_block(p, 0, memory);
   const Block& block = block_in(memory);
   const Place w = find_place(p, block);
