@@ -29,8 +29,8 @@ PACKINGS = {
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KB a block may have
 # (channels, tokens) that take every row of the tables in cuda_plan, the last one cut into stretches
 SIZES = (
-    (12288, 2048), (6144, 2048), (3072, 2048), (1536, 2048), (1024, 1024), (512, 2048), (256, 2048),
-    (128, 2048), (512, 600), (512, 256), (512, 100), (4, 40000),
+    (12288, 2048), (6144, 2048), (4608, 2048), (4096, 2048), (3456, 2048), (3072, 2048), (1536, 2048),
+    (1024, 1024), (512, 2048), (256, 2048), (128, 2048), (512, 600), (512, 256), (512, 100), (4, 40000),
 )  # fmt: skip
 
 
@@ -88,12 +88,16 @@ def cases_of_one_architecture():
             yield dtype, 16, "cu_seqlens", channels, seqlen
         for d_state in (1, 8, 64, 256):
             yield dtype, d_state, "none", 8192, 2048
+        for channels in (12288, 3072, 1024):
+            yield dtype, 24, "none", channels, 2048
+            yield dtype, 64, "seq_idx", channels, 2048
     yield torch.float16, 16, "none", 8192, 2048
 
 
 def compile_calls(case, arch, compiled):
     """A line for each kernel of the calls of a case, as a chip of that architecture makes them."""
     cuda_plan.shared_limit = lambda device: SHARED[arch] * 1024
+    cuda_plan.capability = lambda device: divmod(arch, 10)
     Noted.calls.clear()
     cuda_scan._forward_calls.cache_clear()
     cuda_scan._backward_calls.cache_clear()

@@ -27,6 +27,7 @@ CASES = (
     ({"seqlen": 77, "d_inner": 19}, {}, {}),
     ({"batch": 1, "d_inner": 5, "seqlen": 4100}, {}, {}),  # cut into stretches
     ({"d_inner": 70}, {"deterministic": True}, {}),
+    *(({"batch": 1, "d_inner": rows}, {}, {}) for rows in (1200, 2600, 4400)),
 )
 
 

@@ -28,6 +28,8 @@ def cut(monkeypatch):
 
     def prescribe(forward, backward, stretched=False):
         stretches = (10**6 if stretched else 0, 10**6)
+        if stretched:  # a chip so large that every tile is one
+            monkeypatch.setattr(cuda_plan, "multiprocessors", lambda device: 10**4)
         for name, kind in {"cut_forward": forward, "cut_backward": backward, "cut_ordered": PLAIN}.items():
             kind = (*kind, stretches)
             monkeypatch.setattr(
@@ -56,8 +58,12 @@ FORWARD = sorted(
     }
 )
 BACKWARD = [
-    *dict.fromkeys(cuda_plan.BACKWARD.values()),
-    *cuda_plan._LAST,
+    *dict.fromkeys(
+        kind
+        for table in (cuda_plan.BACKWARD, cuda_plan.BACKWARD_FLOAT32, cuda_plan.BACKWARD_MANY_STATES)
+        for kind in table.values()
+    ),
+    *cuda_plan.LAST,
     (8, 8, 4, 1, 1024, 3, 2),
     (8, 8, 4, 2, 512, 3, 1),
 ]
@@ -130,7 +136,7 @@ def test_a_sequence_cut_into_stretches(cut, packing, B, C):
     check_agrees(inputs, "cuda", device=DEVICE, packing=packing)
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys([*cuda_plan.ORDERED.values(), *cuda_plan._LAST]))
+@pytest.mark.parametrize("kind", dict.fromkeys([*cuda_plan.ORDERED.values(), *cuda_plan.LAST]))
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ordered_sums_over_several_groups_of_channels_a_block(cut, monkeypatch, groups, kind):
     cut(FEW, PLAIN)

@@ -8,6 +8,18 @@ from typing import NamedTuple
 import torch
 
 from mamba_fast.ops.selective_scan.arguments import is_constant
+from mamba_fast.ops.selective_scan.cuda_tables import (
+    BACKWARD,
+    BACKWARD_FLOAT32,
+    BACKWARD_MANY_STATES,
+    FORWARD,
+    LAST,
+    MANY_STATES,
+    ORDERED,
+    SHARED_OF_MANY_WARPS,
+    STRETCHED_BACKWARD,
+    STRETCHED_FORWARD,
+)
 
 CHUNK = 64  # tokens between saved states, as in cuda_tiles.cuh
 # Over dB and dC in bfloat16: a number whose digits are cut off behind the eleventh is so much too small.
@@ -22,10 +34,6 @@ SOURCES = {
 SOURCES["scan_chain"] = SOURCES["scan_summary"]
 SOURCES["scan_starts"] = [_FOLDER / name for name in (*_COMMON, "cuda_starts.cu")]
 _IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches,
-# so that there are as many as the second. At six, the forward loses more by finding what enters a stretch
-# than it gains.
-_STRETCHED_FORWARD, _STRETCHED_BACKWARD = (5, 16), (8, 48)
 
 
 class Cut(NamedTuple):
@@ -66,6 +74,11 @@ def shared_limit(device):
 
 
 @functools.cache
+def capability(device):
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
 def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -77,72 +90,53 @@ def spans(u, B, C):
     return (*one, math.gcd(*one))
 
 
-# {(rows of B * D, tokens), at least: the first fields of Cut}. Many rows: few lanes each, so that B and C
-# serve several channels and the scan is short. Few rows: warps stand one behind the other, so that there are
-# enough of them, on as many multiprocessors as there are. Short sequences get narrower tiles. The backward
-# sums over the four channels of a warp by one product, so its lanes and steps are fixed.
-FORWARD = {
-    (12288, 129): (8, 16, 8, 1, 2048, 2, 1),
-    (6144, 129): (8, 16, 4, 1, 2048, 3, 2),
-    (3072, 129): (16, 16, 4, 1, 2048, 3, 2),
-    (1152, 129): (8, 16, 4, 4, 2048, 3, 2),
-    (529, 897): (8, 16, 8, 8, 4096, 2, 1),
-    (265, 1537): (16, 16, 8, 8, 4096, 2, 1),
-    (133, 1537): (16, 16, 8, 8, 8192, 1, 2),
-    (0, 1537): (32, 16, 8, 8, 8192, 1, 2),
-    (0, 897): (8, 16, 8, 8, 4096, 2, 1),
-    (0, 513): (8, 16, 4, 4, 2048, 3, 2),
-    (0, 129): (32, 16, 4, 1, 4096, 3, 2),
-    (0, 0): (16, 8, 4, 1, 1024, 4, 1),
-}
-BACKWARD = {
-    (4096, 0): (8, 8, 4, 1, 1024, 4, 1),
-    (0, 2049): (8, 8, 4, 1, 1024, 4, 1),
-    (3072, 0): (8, 8, 4, 2, 1024, 4, 1),
-    (1152, 0): (8, 8, 4, 4, 1024, 4, 1),
-    (0, 257): (8, 8, 8, 8, 2048, 2, 1),
-    (0, 129): (8, 8, 4, 4, 1024, 4, 1),
-    (0, 0): (8, 8, 4, 2, 1024, 4, 1),
-}
-# For sums in one order: those of a block are over warps that hold the same tokens, and the more of them, the
-# less is left to add up later.
-ORDERED = {
-    (12288, 0): (8, 8, 8, 1, 1024, 2, 1),
-    (2048, 0): (8, 8, 4, 1, 1024, 4, 1),
-    (0, 1): (8, 8, 8, 1, 1024, 2, 1),
-    (0, 0): (8, 8, 4, 1, 1024, 4, 1),  # where eight warps are too many
-}
-_SHARED_OF_MANY_WARPS = 200 * 1024  # bytes a block may have, for blocks of more than four warps
-# Where many states leave no room for more warps.
-_LAST = ((8, 8, 2, 1, 512, 8, 1), (8, 8, 1, 1, 256, 16, 1))
-
-
 def cut_forward(size, roomy=False):
     """size: batch, channels, seqlen, span, device. roomy: threads take more registers than usual."""
-    return _cut(*next(_kinds(FORWARD, size, roomy)), _STRETCHED_FORWARD, *size)
+    return _cut(*next(_kinds(FORWARD, size, roomy)), STRETCHED_FORWARD, *size)
+
+
+def unrolled(cut, io, d_state, packed, varlen, device):
+    """How often the forward's loop over n is unrolled.
+
+    As often as the table says there are registers enough on any chip, and with packed rows; twice or four
+    times as often where that is faster, and fits too: from compute capability 10 on the compiler needs more.
+    """
+    if packed:
+        return 1 if varlen and cut.lanes == 8 else cut.unroll
+    if capability(device) >= (10, 0) or cut.steps < 16 or cut.lanes > 16:
+        return cut.unroll
+    if cut.along == 1 and (d_state >= 24 or (io == torch.float32 and cut.lanes == 16)):
+        return 4
+    return 2 if cut.along == 8 and cut.lanes == 8 else cut.unroll
 
 
 def cut_backward(size, needs, roomy=False):
     """needs: see :func:`needs_of`."""
-    return _that_fits((*_kinds(BACKWARD, size, roomy), *_LAST), size, needs)
+    narrow = needs["IO"] != _IO[torch.float32]
+    kinds = _kinds(BACKWARD if narrow else BACKWARD_FLOAT32, size, roomy)
+    if narrow and needs["N"] >= MANY_STATES:
+        kinds = (*_kinds(BACKWARD_MANY_STATES, size, roomy), *kinds)
+    return _that_fits((*kinds, *LAST), size, needs)
 
 
 def cut_ordered(size, needs, roomy=False):
-    return _that_fits((*_kinds(ORDERED, size, roomy), *_LAST), size, needs)
+    return _that_fits((*_kinds(ORDERED, size, roomy), *LAST), size, needs)
 
 
 def _kinds(table, size, roomy):
     """The rows of a table that a size may take, the best one first."""
     batch, channels, seqlen, _, device = size
-    few_warps = roomy or shared_limit(device) < _SHARED_OF_MANY_WARPS
+    few_warps = roomy or shared_limit(device) < SHARED_OF_MANY_WARPS
     for (rows, tokens), kind in table.items():
         if batch * channels >= rows and seqlen >= tokens and not (few_warps and kind[2] > 4):
             yield kind
 
 
 def _that_fits(kinds, size, needs):
-    cuts = (_cut(*kind, _STRETCHED_BACKWARD, *size) for kind in kinds)
     limit = shared_limit(size[-1])
+    if limit < SHARED_OF_MANY_WARPS:  # there less of B and C at a time makes room for a second block
+        kinds = ((*kind[:4], min(kind[4], 1024), *kind[5:]) for kind in kinds)
+    cuts = (_cut(*kind, STRETCHED_BACKWARD, *size) for kind in kinds)
     return next(cut for cut in cuts if shared_bytes("scan_backward", cut._replace(stage=1), needs) <= limit)
 
 
@@ -150,11 +144,17 @@ def _that_fits(kinds, size, needs):
 def _cut(
     lanes, steps, warps, along, stage, min_blocks, unroll, stretched, batch, channels, seqlen, span, device
 ):
-    """`stretched`: warps a multiprocessor that are enough without stretches, and what those make of fewer."""
+    """`stretched`: warps a multiprocessor that are enough without stretches, and what those make of fewer.
+
+    Where warps stand one behind the other, as many as there is room for at a time: what they share out is a
+    short sequence.
+    """
     block_d, tile = 32 // lanes * warps // along, max(lanes * steps * along, CHUNK)
     blocks = channels // span * -(-span // block_d)
     all_warps, processors = batch * blocks * warps, multiprocessors(device)
     enough, made = stretched
+    if along > 1:
+        made = min(made, warps * min_blocks)
     wanted = -(-made * processors // all_warps) if all_warps < enough * processors else 1
     stretches = min(wanted, -(-seqlen // tile))
     if stretches < 3:  # finding what enters a stretch costs about half of scanning it

@@ -141,7 +141,8 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
     batch, channels, seqlen = u.shape
     cut = plan.cut_forward((batch, channels, seqlen, plan.spans(u, B, C)[2], device), roomy=varlen)
     if packed:  # where sequences start takes registers, and so do their first and last states
-        cut = cut._replace(min_blocks=min(cut.min_blocks, 3), unroll=1 if varlen else cut.unroll)
+        cut = cut._replace(min_blocks=min(cut.min_blocks, 3))
+    cut = cut._replace(unroll=plan.unrolled(cut, io, A.shape[1], packed, varlen, device))
     wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
         cut, io, A.shape[1], B, C, u, z is not None, packed, softplus, varlen, keep, wide=wide,
