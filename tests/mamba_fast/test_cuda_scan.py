@@ -60,7 +60,7 @@ FORWARD = sorted(
 BACKWARD = [
     *dict.fromkeys(
         kind
-        for table in (cuda_plan.BACKWARD, cuda_plan.BACKWARD_FLOAT32, cuda_plan.BACKWARD_MANY_STATES)
+        for table in (cuda_plan.BACKWARD, cuda_plan.BACKWARD_ROOMY, cuda_plan.BACKWARD_MANY_STATES)
         for kind in table.values()
     ),
     *cuda_plan.LAST,
@@ -180,6 +180,15 @@ def test_few_rows_are_cut_into_stretches(monkeypatch, cut, rows, forward, backwa
     size = (1, rows, 16384, rows, torch.device("cpu"))
     assert (cuda_plan.cut_forward(size).stretches > 1) == forward
     assert (cuda_plan.cut_backward(size, NEEDS).stretches > 1) == backward
+
+
+@pytest.mark.parametrize(
+    "rows, io, roomy", [(5120, 2, False), (5120, 2, True), (5120, 0, False), (768, 2, True)]
+)
+def test_the_loop_is_unrolled_where_registers_are_left(rows, io, roomy):
+    """Packed rows and sums in two parts need them; beside few rows there are enough for both."""
+    cut = cuda_plan.cut_backward((1, rows, 2048, rows, torch.device("cpu")), NEEDS | {"IO": io}, roomy)
+    assert cut.unroll == (2 if (rows, io, roomy) in ((5120, 2, False), (768, 2, True)) else 1)
 
 
 @pytest.mark.parametrize("rows, seqlen", [(128, 4096), (384, 2048), (1024, 1024), (24576, 2048)])

@@ -77,7 +77,7 @@ def test_packed_rows(backend, device, packing):
 def test_a_sequence_cut_into_stretches(backend, device, options, monkeypatch):
     """By cuda and by triton: one row of few channels does not fill a chip."""
     long = next(kind for (_, tokens), kind in cuda_plan.BACKWARD.items() if tokens > 2048)
-    for table in ("BACKWARD", "BACKWARD_FLOAT32"):
+    for table in ("BACKWARD", "BACKWARD_ROOMY"):
         monkeypatch.setattr(cuda_plan, table, {(0, 0): long})
     cuda_scan._backward_calls.cache_clear()
     needs = {"IO": 0, "N": 2, "HAS_Z": 1, "B_CONSTANT": 0, "C_CONSTANT": 0, "ORDERED": 0, "BUFFERS": 1}

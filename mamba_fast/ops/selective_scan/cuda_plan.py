@@ -10,12 +10,13 @@ import torch
 from mamba_fast.ops.selective_scan.arguments import is_constant
 from mamba_fast.ops.selective_scan.cuda_tables import (
     BACKWARD,
-    BACKWARD_FLOAT32,
     BACKWARD_MANY_STATES,
+    BACKWARD_ROOMY,
     FORWARD,
     LAST,
     MANY_STATES,
     ORDERED,
+    ROOMY_ROWS,
     SHARED_OF_MANY_WARPS,
     STRETCHED_BACKWARD,
     STRETCHED_FORWARD,
@@ -112,10 +113,11 @@ def unrolled(cut, io, d_state, packed, varlen, device):
 
 def cut_backward(size, needs, roomy=False):
     """needs: see :func:`needs_of`."""
-    narrow = needs["IO"] != _IO[torch.float32]
-    kinds = _kinds(BACKWARD if narrow else BACKWARD_FLOAT32, size, roomy)
-    if narrow and needs["N"] >= MANY_STATES:
-        kinds = (*_kinds(BACKWARD_MANY_STATES, size, roomy), *kinds)
+    float32 = needs["IO"] == _IO[torch.float32]
+    many_registers = float32 or (roomy and size[0] * size[1] >= ROOMY_ROWS)
+    kinds = _kinds(BACKWARD_ROOMY if many_registers else BACKWARD, size, roomy)
+    if needs["N"] >= MANY_STATES and not float32 and not roomy:
+        kinds = (*_kinds(BACKWARD_MANY_STATES, size), *kinds)
     return _that_fits((*kinds, *LAST), size, needs)
 
 
@@ -123,7 +125,7 @@ def cut_ordered(size, needs, roomy=False):
     return _that_fits((*_kinds(ORDERED, size, roomy), *LAST), size, needs)
 
 
-def _kinds(table, size, roomy):
+def _kinds(table, size, roomy=False):
     """The rows of a table that a size may take, the best one first."""
     batch, channels, seqlen, _, device = size
     few_warps = roomy or shared_limit(device) < SHARED_OF_MANY_WARPS

@@ -32,8 +32,9 @@ BACKWARD = {
     (0, 129): (8, 8, 4, 4, 1024, 4, 1),
     (0, 0): (8, 8, 4, 2, 1024, 4, 1),
 }
-# Sums in two parts take the registers that an unrolled loop would need.
-BACKWARD_FLOAT32 = {
+# Where sums in two parts (float32) or, from ROOMY_ROWS on, the starts of packed rows take the registers that
+# an unrolled loop would need.
+BACKWARD_ROOMY = {
     (3712, 0): (8, 8, 4, 1, 1024, 4, 1),
     (0, 2049): (8, 8, 4, 1, 1024, 4, 1),
     (3072, 0): (8, 8, 4, 2, 1024, 4, 1),
@@ -42,6 +43,7 @@ BACKWARD_FLOAT32 = {
     (0, 129): (8, 8, 4, 4, 1024, 4, 1),
     (0, 0): (8, 8, 4, 2, 1024, 4, 1),
 }
+ROOMY_ROWS = 1152
 # From so many states on, in 16 bits: a block fills the shared memory of half a multiprocessor or more.
 MANY_STATES = 64
 BACKWARD_MANY_STATES = {
