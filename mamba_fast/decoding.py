@@ -58,6 +58,7 @@ class Decoder:
         weight = model.lm_head.weight
         self.recipe, self.logits = recipe, None
         self.graphs, self.most, self.side = {}, 1, None  # {steps: (graph, where its logits are)}
+        self.whole = recipe.plain  # whether a step may be taken whole with its choice
         self.prompts = self.pool = None  # of a captured one: graphs that read a prompt, and their memory
         self.params = InferenceParams(0, batch, seqlen_offset=1, key_value_memory_dict=states)
 
@@ -149,12 +150,13 @@ class Decoder:
         self.graphs[steps] = graph, self.logits  # where every replay leaves them
 
     def _step(self, model):
-        if self.recipe.plain:
+        if self.whole:
             columns = self.recipe.vocab_size
             logits = whole_step(model, self.slots.token, self.params, self.slots, columns)
             if logits is not None:
                 self.logits = logits[:, -1, :columns]
                 return
+            self.whole = False
         out = model(self.slots.token, inference_params=self.params, num_last_tokens=1)
         self.choose(out.logits[:, -1])
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mamba_fast.block import Block
 from mamba_fast.mixer import Mamba
@@ -26,8 +27,10 @@ def whole_step(model, input_ids, inference_params, slots=None, columns=None):
         or torch.compiler.is_compiling()
     ):
         return None
+    if slots is not None and not _unchanged(model):
+        return None
     weights = _weights(model)
-    if weights is None or (slots is not None and not _unchanged(model)):
+    if weights is None:
         return None
     states = [
         block.mixer._get_states_from_cache(inference_params, len(input_ids))
@@ -81,7 +84,8 @@ def _unchanged(model):
     """Whether calling it runs MambaLMHeadModel's forward and nothing else."""
     from mamba_fast.model import MambaLMHeadModel
 
-    return _plain((model,), (MambaLMHeadModel,))
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    return not compiled and not _has_any_global_hook() and _plain((model,), (MambaLMHeadModel,))
 
 
 def _plain(modules, kinds):

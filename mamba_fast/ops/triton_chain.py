@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mamba_fast.ops.selective_scan.backends import interpreted
+
 
 @functools.cache
 def early(device):
     """Options of a launch on `device`: where it can, a kernel begins while the one before it ends."""
-    can = device.type == "cuda" and torch.version.hip is None
+    can = device.type == "cuda" and torch.version.hip is None and not interpreted()
     can = can and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
 

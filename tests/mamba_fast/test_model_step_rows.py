@@ -1,10 +1,12 @@
 """A step of many sequences, six kernels a layer, against the same step op by op in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from model_step_inputs import at, check_step, model_of, states_of
 
-from mamba_fast import MambaConfig, MambaLMHeadModel, whole_step
+from mamba_fast import InferenceParams, MambaConfig, MambaLMHeadModel, whole_step
 from mamba_fast.ops.model_step import arguments, model_step, triton_step
 
 pytestmark = pytest.mark.triton
@@ -99,6 +101,25 @@ def test_a_model_with_other_biases_goes_layer_by_layer(place):
     linear = getattr(owner, place)
     linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
     assert whole_step._weights(model) is None
+
+
+@pytest.mark.parametrize("change", ["another class", "a subclass", "a hook", "compiled", "nothing"])
+def test_the_choice_is_made_for_a_model_whose_forward_is_our_own(change):
+    """Others, which need not even have our parts, are asked by a call."""
+    model = MambaLMHeadModel(MambaConfig(d_model=16, n_layer=2, vocab_size=8))
+    if change == "another class":
+        model = torch.nn.Linear(2, 2)
+    if change == "a subclass":
+        model.__class__ = type("Mine", (MambaLMHeadModel,), {})
+    if change == "a hook":
+        model.register_forward_hook(lambda *args: None)
+    if change == "compiled":
+        model.compile(backend="eager")
+    assert whole_step._unchanged(model) == (change == "nothing")
+    ids, params = SimpleNamespace(shape=(1, 1), is_cuda=True), InferenceParams(8, 1, seqlen_offset=1)
+    if change != "nothing":
+        with torch.no_grad():
+            assert whole_step.whole_step(model, ids, params, slots=object()) is None
 
 
 def test_less_shared_memory_takes_fewer_stages():

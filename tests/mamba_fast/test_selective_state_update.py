@@ -130,6 +130,8 @@ def test_rows_of_a_larger_cache(room, device, size, dtype):
     inputs = step_inputs(*size, seed=8, slots=7, device=device)
     before = inputs["state"].clone()
     indices = torch.tensor([5, 0, 6, 2][: size[0]], dtype=dtype, device=device)
+    if size[0] == 4:  # every second number of a tensor
+        indices = torch.stack([indices, indices.flip(0)], 1)[:, 0]
     check_step(inputs, room, indices)
     others = [i for i in range(7) if i not in indices.tolist()]
     assert torch.equal(inputs["state"][others], before[others])

@@ -99,8 +99,9 @@ def cut_forward(size, roomy=False):
 def unrolled(cut, io, d_state, packed, varlen, device):
     """How often the forward's loop over n is unrolled.
 
-    As often as the table says there are registers enough on any chip, and with packed rows; twice or four
-    times as often where that is faster, and fits too: from compute capability 10 on the compiler needs more.
+    As often as the table says there are registers enough on any chip, and with packed rows (by cu_seqlens for
+    16 lanes or more); twice or four times as often where that is faster, and fits too: from compute
+    capability 10 on the compiler needs more.
     """
     if packed:
         return 1 if varlen and cut.lanes == 8 else cut.unroll

@@ -62,6 +62,6 @@ SHARED_OF_MANY_WARPS = 200 * 1024  # bytes a block may have, for blocks of more 
 # Where many states leave no room for more warps.
 LAST = ((8, 8, 2, 1, 512, 8, 1), (8, 8, 1, 1, 256, 16, 1))
 # Warps a multiprocessor: with fewer in a call than the first number its sequences are cut into stretches, so
-# that there are at most as many as the second. At six, the forward loses more by finding what enters a
+# that there are about as many as the second at most. At six, the forward loses more by finding what enters a
 # stretch than it gains.
 STRETCHED_FORWARD, STRETCHED_BACKWARD = (5, 16), (7, 48)

@@ -35,6 +35,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def update(state, x, dt, A, B, C, D, z, dt_bias, softplus, indices):
     """y like x; state (S, P, N) or (S, H, P, N) is updated in place."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    indices = None if indices is None else indices.contiguous()
     given = state, x, dt, A, B, C, D, z, dt_bias, indices, y
     with on_device_of(x):
         _launch(looks(*given), softplus, x.device)(*given)
@@ -51,7 +52,7 @@ def _launch(looks, softplus, device):
     block_n = _power_of_2(d_state)
     processors = multiprocessors(torch.empty(0, device=device))
     block_p, walk, warps = _plan(batch, heads, channels, block_n, processors)
-    grid = -(-channels // block_p), heads, -(-batch // walk)
+    grid = heads, -(-channels // block_p), -(-batch // walk)
     return Launch(
         update_kernel, grid,
         _strides(state, 4), _strides(x, 3), _strides(dt, 3), _strides(A, 3, True), _strides(B, 3),
@@ -104,8 +105,8 @@ def update_kernel(
 ):  # fmt: skip
     """h = exp(Δ A) h + Δ B x in place, y = (C h + D x) SiLU(z), for BLOCK_P channels of `walk` sequences."""
     meet(PDL)
-    h = tl.program_id(1).to(tl.int64)
-    p, n = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    h = tl.program_id(0).to(tl.int64)
+    p, n = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     mask_p = p < channels
     mask = mask_p[:, None] & (n < N)[None, :]
     state_ptrs = (
@@ -128,7 +129,7 @@ def update_kernel(
         A = tl.load(A_ptrs, mask=mask, other=0.0).to(tl.float32) * LOG2E
     bias = _of_channels(bias_ptr, h, p, bias_strides, mask_p, TIED)
     D = _of_channels(D_ptr, h, p, D_strides, mask_p, False)
-    y_stride = tl.num_programs(1).to(tl.int64) * channels
+    y_stride = tl.num_programs(0).to(tl.int64) * channels
     if WALKS:
         first = tl.program_id(2) * walk
         end = tl.minimum(batch, first + walk)
