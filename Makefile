@@ -29,7 +29,7 @@ test: $(INSTALLED)
 # Several processes where pytest-xdist is there: most of the time goes into compiling.
 test-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -o minversion=7 -p no:cacheprovider -p no:benchmark -q \
-		$(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8) -m 'gpu or triton or cuda' tests/mamba_fast
+		$(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8') -m 'gpu or triton or cuda' tests/mamba_fast
 
 sanitize:
 	for tool in memcheck racecheck initcheck; do \

@@ -54,8 +54,8 @@ def load_pretrained(
     config_file = f"{source.name}/{CONFIG}"
     config = config_of(read_json(source, CONFIG), config_file)
     entries = read_weights(source)
-    if HF_EMBEDDING in entries:
-        entries.setdefault(EMBEDDING, entries.pop(HF_EMBEDDING))
+    if EMBEDDING not in entries and HF_EMBEDDING in entries:
+        entries[EMBEDDING] = entries.pop(HF_EMBEDDING)
     layers = {m[1] for key in entries if (m := re.match(r"backbone\.layers\.(\d+)\.", key))}
     if len(layers) != config.n_layer:
         raise CheckpointError(

@@ -77,24 +77,12 @@ def note_calls(dtype, d_state, packing, channels, seqlen):
 def cases():
     for dtype in (torch.float32, torch.bfloat16):
         for channels, seqlen in SIZES:
-            yield dtype, 16, "none", channels, seqlen
-        yield dtype, 16, "cu_seqlens", 4, 40000
-        for d_state in (8, 64, 100):
+            yield from ((dtype, 16, packing, channels, seqlen) for packing in PACKINGS)
+        for d_state in (1, 8, 100, 128, 256):
             yield dtype, d_state, "none", 8192, 2048
         for channels in (12288, 3072, 1024):
-            yield dtype, 24, "none", channels, 2048
-            yield dtype, 64, "none", channels, 2048
-
-
-def cases_of_one_architecture():
-    for dtype in (torch.float32, torch.bfloat16):
-        for channels, seqlen in SIZES:
-            yield dtype, 16, "seq_idx", channels, seqlen
-            yield dtype, 16, "cu_seqlens", channels, seqlen
-        for d_state in (1, 256):
-            yield dtype, d_state, "none", 8192, 2048
-        for channels in (12288, 3072, 1024):
-            yield dtype, 64, "seq_idx", channels, 2048
+            yield from ((dtype, d_state, "none", channels, 2048) for d_state in (24, 64))
+            yield from ((dtype, 64, packing, channels, 2048) for packing in ("seq_idx", "cu_seqlens"))
     yield torch.float16, 16, "none", 8192, 2048
 
 
@@ -123,11 +111,6 @@ def main(architectures):
     for arch in architectures:
         for case in cases():
             compile_calls(case, arch, compiled)
-    for case in cases_of_one_architecture():
-        compile_calls(case, architectures[1], compiled)
-    for dtype in (torch.float32, torch.bfloat16):  # with the least shared memory
-        for d_state in (128, 256):
-            compile_calls((dtype, d_state, "none", 8192, 2048), architectures[-1], compiled)
 
 
 if __name__ == "__main__":

@@ -212,3 +212,17 @@ def test_a_compiled_call_has_no_graph_break(name):
     want = [model(), *torch.autograd.grad(model(), leaves)]
     for a, b in zip(got, want, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [{"seq_idx": [[0] * 5 + [1] * 4]}, {"cu_seqlens": [0, 5, 9]}])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_call_of_packed_rows_has_no_graph_break(packing):
+    inputs = at_precision(scan_inputs(3, 1, 3, 9, 2, initial_state=False), torch.float32, "cpu")
+    packing = {name: torch.tensor(v) for name, v in packing.items()}
+
+    def model(**given):
+        return selective_scan_fn(**inputs, **given, backend="torch")
+
+    torch._dynamo.reset()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**packing)
+    assert torch.allclose(got, model(**packing), rtol=1e-5, atol=1e-6)

@@ -245,6 +245,11 @@ def test_shards_and_index_agree(folder):
     refused(folder, "expected a file two.bin, found none")
 
 
+def test_an_embedding_under_both_names(folder):
+    change_weights(folder, lambda weights: weights.update({"backbone.embeddings.weight": torch.ones(3, 3)}))
+    refused(folder, "backbone.embeddings.weight: no such parameter (shape (3, 3))")
+
+
 def test_a_head_that_is_not_the_embedding(folder):
     def change(weights):
         weights["lm_head.weight"] = weights["lm_head.weight"] + 1

@@ -46,10 +46,14 @@ def documented():
     return {(kernel, lanes, arch): int(n) for kernel, lanes, row in pairs for arch, n in row if n != "-"}
 
 
-def test_no_kernel_spills_and_none_takes_more_registers_than_the_documentation_says(rows):
+def test_no_kernel_spills(rows):
+    """By whatever NVRTC is installed: seen with 13.0 and 13.5."""
+    assert [str(r) for r in rows if r["spilled"]] == []
+
+
+def test_none_takes_more_registers_than_the_documentation_says(rows):
     table = documented()
     found = {(r["kernel"], str(r.get("lanes", "-")), r["arch"]) for r in rows}
     assert table.keys() == found
-    assert [str(r) for r in rows if r["spilled"]] == []
     above = [str(r) for r in rows if r["registers"] > table[r["kernel"], str(r.get("lanes", "-")), r["arch"]]]
     assert above == [], "\n".join(above)

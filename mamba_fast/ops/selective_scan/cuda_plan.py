@@ -112,6 +112,16 @@ def unrolled(cut, io, d_state, packed, varlen, device):
     return 2 if cut.along == 8 and cut.lanes == 8 else cut.unroll
 
 
+def with_registers(cut, blocks, device):
+    """The cut with at most so many blocks a multiprocessor, so that the starts of packed rows find registers.
+
+    The compiler needs the most of them beside compute capability 9: there eight warps.
+    """
+    if capability(device)[0] != 9:
+        blocks = min(blocks, max(1, 8 // cut.warps))
+    return cut._replace(min_blocks=min(cut.min_blocks, blocks))
+
+
 def cut_backward(size, needs, roomy=False):
     """needs: see :func:`needs_of`."""
     float32 = needs["IO"] == _IO[torch.float32]

@@ -141,7 +141,7 @@ def _forward_calls(looks, io, packed, softplus, varlen, keep, device):
     batch, channels, seqlen = u.shape
     cut = plan.cut_forward((batch, channels, seqlen, plan.spans(u, B, C)[2], device), roomy=varlen)
     if packed:  # where sequences start takes registers, and so do their first and last states
-        cut = cut._replace(min_blocks=min(cut.min_blocks, 3))
+        cut = plan.with_registers(cut, 3, device)
     cut = cut._replace(unroll=plan.unrolled(cut, io, A.shape[1], packed, varlen, device))
     wide = plan.is_wide(io, u, delta, z, y), plan.is_wide(io, B), plan.is_wide(io, C)
     macros = plan.defines(
@@ -166,7 +166,9 @@ def _backward_calls(looks, io, packed, softplus, varlen, ordered, device):
     needs = plan.needs_of(io, A.shape[1], B, C, u, z is not None, ordered)
     choose, roomy = (plan.cut_ordered, packed or wide_sums) if ordered else (plan.cut_backward, packed)
     cut = choose(size, needs, roomy)
-    if varlen or wide_sums or (packed and (ordered or cut.along > 1)):
+    if packed:
+        cut = plan.with_registers(cut, 12 // cut.warps if varlen or ordered or cut.along > 1 else 4, device)
+    if wide_sums:
         cut = cut._replace(min_blocks=min(cut.min_blocks, 12 // cut.warps))
     # Ordered additions start from zeros where blocks of several groups share a slot: none of them fills it.
     ordered = (1 if cut.span == channels else 2) if ordered else 0
