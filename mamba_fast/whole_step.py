@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mamba_fast.block import Block
 from mamba_fast.mixer import Mamba
@@ -85,7 +84,7 @@ def _unchanged(model):
     from mamba_fast.model import MambaLMHeadModel
 
     compiled = getattr(model, "_compiled_call_impl", None) is not None
-    return not compiled and not _has_any_global_hook() and _plain((model,), (MambaLMHeadModel,))
+    return not compiled and _plain((model,), (MambaLMHeadModel,))
 
 
 def _plain(modules, kinds):

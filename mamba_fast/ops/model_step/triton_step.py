@@ -10,6 +10,7 @@ import triton
 from mamba_fast.ops.causal_conv1d.triton_update import conv_token_kernel
 from mamba_fast.ops.model_step.triton_layer import norm_kernel, product_kernel, recur_kernel
 from mamba_fast.ops.rooms import on_device_of, shared_limit
+from mamba_fast.ops.triton_chain import early
 from mamba_fast.ops.triton_launch import Launch
 
 AHEAD = 1024  # bytes of a row of weights that are asked for before the vectors are there
@@ -87,12 +88,11 @@ class _Launches(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _launches(batch, E, D, R, N, eps, types, device):
     """The launches of a layer; `types` of weights and states play a part as a key alone."""
-    pdl = {"launch_pdl": True} if device.type == "cuda" else {}
     limit = shared_limit(device)
     tiles = Tiles(*(_fitting(tile, limit) for tile in tiles_for(batch)))
 
     def options(tile):
-        return {"PDL": bool(pdl), "num_warps": tile.warps, "num_stages": tile.stages} | pdl
+        return {"num_warps": tile.warps, "num_stages": tile.stages} | early(device)
 
     def grid(tile, channels):
         return -(-channels // tile.n), -(-batch // tile.m), tile.parts

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from mamba_fast.ops.rooms import shared_limit
 from mamba_fast.ops.selective_scan.arguments import is_constant
 from mamba_fast.ops.selective_scan.cuda_tables import (
     BACKWARD,
@@ -64,14 +65,6 @@ class Cut(NamedTuple):
         """The same cut with every warp on channels of its own."""
         cut = self._replace(along=1)
         return cut._replace(blocks=channels // cut.span * -(-cut.span // cut.block_d))
-
-
-@functools.cache
-def shared_limit(device):
-    """Bytes of shared memory that a block may have."""
-    if device.type != "cuda":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def _launch(looks, softplus, device):
     batch = x.shape[0]
     tied = A.strides[-1] == A.strides[-2] == dt.strides[-1] == 0
     tied = tied and (dt_bias is None or dt_bias.strides[-1] == 0)
-    block_n = _power_of_2(d_state)
+    block_n = triton.next_power_of_2(d_state)
     processors = multiprocessors(torch.empty(0, device=device))
     block_p, walk, warps = _plan(batch, heads, channels, block_n, processors)
     grid = heads, -(-channels // block_p), -(-batch // walk)
@@ -67,7 +67,7 @@ def _launch(looks, softplus, device):
 def _plan(batch, heads, channels, block_n, processors):
     """(BLOCK_P, sequences a program, warps) for `processors` multiprocessors."""
     for tile in _TILES:
-        block_p = max(1, min(tile.states // block_n, _power_of_2(channels)))
+        block_p = max(1, min(tile.states // block_n, triton.next_power_of_2(channels)))
         blocks = heads * -(-channels // block_p)
         if batch * blocks >= tile.enough * processors:
             break
@@ -79,10 +79,6 @@ def _plan(batch, heads, channels, block_n, processors):
 
     groups = min(range(1, batch // 2 + 1), key=steps, default=1) if tile is _TILES[0] else batch
     return block_p, -(-batch // min(groups, _MOST_GROUPS)), warps
-
-
-def _power_of_2(size):
-    return 1 << (size - 1).bit_length()
 
 
 def _strides(look, dims, parameter=False):
